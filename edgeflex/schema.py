@@ -11,15 +11,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 from edgeflex.errors import InputError
 
 SCHEMA_VERSION = 1
-
-_Document = TypeVar("_Document", bound="Document")
 
 
 class Noun(BaseModel):
@@ -42,7 +41,7 @@ class Document(Noun):
     schema_version: Literal[1] = 1
 
     @classmethod
-    def parse(cls: type[_Document], text: str | bytes, source: str) -> _Document:
+    def parse(cls, text: str | bytes, source: str) -> Self:
         """Read a document, naming ``source`` and every wrong field at once.
 
         Raises:
@@ -101,7 +100,7 @@ class Precision(str, Enum):
         return 32 if self is Precision.INT4_GROUP32 else None
 
     @property
-    def format(self) -> Format:
+    def activation_format(self) -> Format:
         """The activation format at the layer's border."""
         return Format.Q8 if self is Precision.INT8_STATIC else Format.FLOAT
 

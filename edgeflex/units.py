@@ -14,7 +14,7 @@ _SIZE = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _SIZE[f"{_letter}b"] = 1000**_power
     _SIZE[f"{_letter}ib"] = 1024**_power
-_TIME = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}  # noqa: RUF001
+_TIME = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 
 
