@@ -10,13 +10,13 @@ import hashlib
 import os
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import DeviceError, EdgeflexError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
 
@@ -77,6 +77,18 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def refuse_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that would lose something, before any work is done.
+
+    Raises:
+        InputError: ``path`` is a file, or a non-empty folder without ``overwrite``.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {str(path)!r} is a file; a folder is needed. Name another with -o.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"output folder {str(path)!r} is not empty. Name another with -o or pass --overwrite.")
+
+
 @contextmanager
 def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to fill that becomes ``path`` only if the block ends well.
@@ -85,12 +97,7 @@ def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         InputError: ``path`` is a file, or a non-empty folder without ``overwrite``.
         DeviceError: The disk is full.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output {str(path)!r} is a file; a folder is needed. Name another with -o.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(
-            f"output folder {str(path)!r} is not empty. Name another with -o or pass --overwrite."
-        )
+    refuse_output(path, overwrite=overwrite)
     staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -482,6 +482,26 @@ class Certificate(Noun):
     drop_upper_bound: float
 
 
+class Candidate(Noun):
+    """A mix of precisions that was run for real, with the exit policies found on its own outputs.
+
+    ``scenarios`` carry the drop measured on the images kept for choosing.
+    """
+
+    mix: str
+    choices: tuple[Choice, ...]
+    scenarios: tuple[Scenario, ...]
+    accuracy: float
+
+
+class Candidates(Document):
+    """All measured mixes of one calibration, and the accuracy that drops are counted from."""
+
+    reference_accuracy: float
+    candidates: tuple[Candidate, ...]
+    table_digest: str
+
+
 class MemoryBreakdown(Noun):
     """Peak bytes that the model adds to the process that runs it, and the runtime's own beside."""
 
@@ -625,7 +645,10 @@ class RunStats(Document):
 
 
 class Check(Noun):
-    """One promise against its measurement. ``unit`` is bytes, s, share or count."""
+    """One promise against its measurement. ``unit`` is bytes, s, share or count.
+
+    Without ``was_measured``, ``measured`` means nothing and ``ok`` is false.
+    """
 
     name: str
     unit: Literal["bytes", "s", "share", "count"]
@@ -636,6 +659,7 @@ class Check(Noun):
     high: float | None = None
     ok: bool
     note: str = ""
+    was_measured: bool = True
 
 
 class BenchResult(Document):

@@ -1,1 +1,1 @@
-"""Room: costs."""
+"""Room: calibration, device and model become the cost table. Import its modules; this door loads none."""

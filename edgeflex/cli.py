@@ -1,0 +1,771 @@
+"""The commands: parse, call the corridor, print. The only place that prints, and the only exit codes.
+
+Results go to standard output, progress and errors to standard error. ``--json`` prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from edgeflex import __version__
+from edgeflex.errors import EdgeflexError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from edgeflex.progress import Advance, Progress
+    from edgeflex.schema import Budget, Plan, Proof, Solution
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 unexpected, 2 bad input, 3 budget cannot be met or check failed, "
+    "4 backend cannot express it, 5 missing dependency, 6 bundle damaged, 7 device failed, 130 interrupted."
+)
+app = typer.Typer(
+    name="edgeflex",
+    help=f"Dynamic models under memory and latency budgets, with proof.\n\n{_EXIT_CODES}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+devices_app = typer.Typer(help="Shipped device profiles.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(devices_app, name="devices")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
+Data = Annotated[Path, typer.Option("--data", help="Images: a folder or zip of class/NAME.(jpg|png).")]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Weights: .safetensors, .pt or .th (no code is run from it).")
+]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="zoo:NAME or package.module:factory.")]
+InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a side, for models not from the zoo.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+class _Bars:
+    """Progress bars on standard error; plain lines when that is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        """Show one bar while the block runs."""
+        from rich import progress
+
+        if not self.console.is_terminal:
+            self.console.print(f"{title} …", highlight=False)
+            yield lambda _count: None
+            return
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+        )
+        with progress.Progress(*columns, console=self.console, transient=True) as bars:
+            bar = bars.add_task(title, total=total)
+            yield lambda count: bars.advance(bar, count)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False, markup=False)
+
+
+def _progress(*, quiet: bool) -> Progress:
+    from edgeflex.progress import Silent
+
+    return Silent() if quiet else _Bars()
+
+
+def _print_json(document: Any) -> None:
+    value = document.model_dump(mode="json") if hasattr(document, "model_dump") else document
+    print(json.dumps({"schema_version": 1, **value}, sort_keys=True))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that folds its cells rather than cut them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title or None, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    Console().print(shown)
+
+
+def _say(text: str = "") -> None:
+    print(text)
+
+
+def _device(name: str | None) -> Any:
+    """Return the profile to plan for: a name, a file, or a quick look at this machine."""
+    from edgeflex.profiles import load
+
+    if name is not None:
+        return load(name)
+    from edgeflex.profiles.probe import measure
+
+    return measure(quick=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        _say(f"edgeflex {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        _say(context.get_help())
+
+
+@app.command()
+def profile(
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path("device.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="A covering few kernels; under 30 seconds.")] = False,
+    threads: Annotated[str, typer.Option("--threads", help="Thread counts, for instance 1,4.")] = "1",
+    storage: Annotated[Path | None, typer.Option("--storage", help="Folder whose disk is measured.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine: memory, storage, and kernels through ExecuTorch itself."""
+    from edgeflex import flow
+
+    counts = _thread_counts(threads)
+    measured = flow.profile(
+        output, quick=quick, threads=counts, storage_folder=storage, progress=_progress(quiet=quiet)
+    )
+    if as_json:
+        _print_json(measured)
+        return
+    _show_device(measured)
+    _say(f"\nWrote {output}")
+
+
+def _thread_counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise InputError(f"--threads {text!r} is no list of thread counts. Write it as 1 or 1,4.")
+    return counts
+
+
+def _show_device(device: Any) -> None:
+    from edgeflex.units import format_bytes, format_time
+
+    _say(f"{device.title}  ({device.name}, {device.origin})")
+    rows = []
+
+    def add(what: str, figure: Any, shown: str) -> None:
+        spread = f"±{figure.spread * 50:.0f} %" if figure.spread is not None else ""
+        rows.append((what, shown, spread, figure.source))
+
+    for tier in device.tiers:
+        if tier.capacity_bytes:
+            add(f"{tier.tier.value} memory", tier.capacity_bytes, format_bytes(tier.capacity_bytes.value))
+        if tier.read_bytes_per_s:
+            add(f"{tier.tier.value} read", tier.read_bytes_per_s, f"{tier.read_bytes_per_s.value / 1e9:.1f} GB/s")
+        if tier.read_one_thread_bytes_per_s:
+            one = tier.read_one_thread_bytes_per_s
+            add(f"{tier.tier.value} read, 1 thread", one, f"{one.value / 1e9:.1f} GB/s")
+    for rate in device.compute:
+        sparse = ", sparse" if rate.sparse else ""
+        add(f"{rate.engine} {rate.precision}{sparse}", rate.ops_per_s, f"{rate.ops_per_s.value / 1e12:.1f} Tops/s")
+    for read in device.storage:
+        name = f"storage {read.pattern} {format_bytes(read.block_bytes)}, depth {read.queue_depth}"
+        add(name, read.bytes_per_s, f"{read.bytes_per_s.value / 1e6:.0f} MB/s")
+    for name, figure in (("call", device.call_s), ("delegate", device.delegate_s)):
+        if figure:
+            add(name, figure, format_time(figure.value))
+    _table("", ("figure", "value", "spread", "source"), rows)
+    if device.kernels:
+        _say(f"{len(device.kernels)} kernel times")
+    for note in device.notes:
+        _say(f"note: {note}")
+
+
+@devices_app.callback()
+def devices(context: typer.Context, *, as_json: Json = False) -> None:
+    """List the shipped device profiles."""
+    if context.invoked_subcommand is not None:
+        return
+    from edgeflex.profiles import load, names
+
+    if as_json:
+        _print_json({"devices": [load(name).model_dump(mode="json") for name in names()]})
+        return
+    _table("", ("name", "device"), [(name, load(name).title) for name in names()])
+    _say("\nEvery figure with its source: edgeflex devices show NAME")
+
+
+@devices_app.command("show")
+def devices_show(name: str, *, as_json: Json = False) -> None:
+    """Show one profile, a shipped NAME or a device.json, with the source of every figure."""
+    from edgeflex.profiles import load
+
+    device = load(name)
+    if as_json:
+        _print_json(device)
+        return
+    _show_device(device)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="zoo:NAME, package.module:factory, or a fitted model folder.")],
+    *,
+    weights: Weights = None,
+    input_size: InputSize = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write graph.json here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's layers and the stages after which it can exit."""
+    from edgeflex import flow
+    from edgeflex.files import write_atomic
+    from edgeflex.units import format_bytes
+
+    graph, found = flow.inspect(model, weights, input_size=input_size)
+    if output is not None:
+        write_atomic(output, graph.canonical_json())
+    if as_json:
+        _print_json(graph)
+        return
+    weights_bytes = 4 * sum(layer.shape.weight_count for layer in graph.layers)
+    macs = sum(layer.shape.macs for layer in graph.layers)
+    _say(
+        f"{graph.name}: {len(graph.layers)} layers, {graph.segment_count} segments, {len(graph.exits)} exits, "
+        f"{format_bytes(weights_bytes)} of fp32 weights, {macs / 1e6:.1f} M multiply-accumulates"
+    )
+    if found:
+        rows = [(one.name, f"{one.mac_share * 100:.1f} %", "x".join(map(str, one.output_shape))) for one in found]
+        _table("Stages that an exit can follow", ("stage", "share of work", "output"), rows)
+    else:
+        rows = [
+            (one.name, one.shape.kind.value, str(one.segment), f"{one.shape.macs / 1e6:.2f} M") for one in graph.layers
+        ]
+        _table("Layers", ("layer", "kind", "segment", "MACs"), rows)
+
+
+@app.command("fit-exits")
+def fit_exits(
+    *,
+    model: ModelName,
+    data: Data,
+    weights: Weights = None,
+    stages: Annotated[str, typer.Option("--stages", help="Stages, comma-separated; found when absent.")] = "",
+    exits: Annotated[int, typer.Option("--exits", min=1, help="Early exits when --stages is absent.")] = 3,
+    head: Annotated[str, typer.Option("--head", help="linear (pool, norm, linear) or conv.")] = "linear",
+    input_size: InputSize = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Most passes over the features.")] = 60,
+    flip: Annotated[bool, typer.Option("--flip", help="Also train on mirrored images; wrong for digits.")] = False,
+    tune_trunk: Annotated[int, typer.Option("--tune-trunk", min=0, help="Epochs that also train the trunk.")] = 0,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("model"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attach and train early exits, the trunk frozen unless told otherwise."""
+    from edgeflex import flow
+
+    if head not in {"linear", "conv"}:
+        raise InputError(f"--head {head!r} is unknown. Choose linear or conv.")
+    fitted = flow.fit_exits(
+        model,
+        data,
+        output,
+        weights=weights,
+        stage_names=tuple(part.strip() for part in stages.split(",") if part.strip()),
+        exits=exits,
+        head=head,
+        input_size=input_size,
+        seed=seed,
+        epochs=epochs,
+        flip=flip,
+        tune_trunk_epochs=tune_trunk,
+        overwrite=overwrite,
+        progress=_progress(quiet=quiet),
+    )
+    report = fitted.recipe.report
+    if as_json:
+        _print_json(fitted.recipe)
+        return
+    if report is not None:
+        rows = [
+            (
+                one.name,
+                one.stage or "end",
+                f"{one.accuracy * 100:.2f} %",
+                f"{one.ece * 100:.2f} %",
+                f"{one.share * 100:.1f} %",
+                "-" if one.accuracy_of_leavers is None else f"{one.accuracy_of_leavers * 100:.2f} %",
+                f"{one.temperature:.2f}",
+            )
+            for one in report.exits
+        ]
+        columns = ("exit", "after", "accuracy", "ECE", "leave", "their accuracy", "temperature")
+        _table(f"On {report.held_out_images} held-out images", columns, rows)
+    _say(f"\nWrote {output}. Next: edgeflex calibrate --model {output} --data IMAGES")
+
+
+@app.command()
+def calibrate(
+    *,
+    model: Annotated[Path, typer.Option("--model", "-m", help="The folder that fit-exits wrote.")],
+    data: Data,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Profile: name or device.json.")] = None,
+    threads: Threads = 1,
+    mixes: Annotated[int, typer.Option("--mixes", min=0, help="Mixes of precisions to run for real.")] = 8,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The calibration folder.")] = Path("calibration"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure losses, confidences and whole mixes on real images; the only slow stage, resumable."""
+    from edgeflex import flow
+
+    found = flow.calibrate(
+        model,
+        data,
+        output,
+        device=_device(device),
+        threads=threads,
+        seed=seed,
+        mixes=mixes,
+        overwrite=overwrite,
+        progress=_progress(quiet=quiet),
+    )
+    if as_json:
+        _print_json(found)
+        return
+    rows = [
+        (one.mix, f"{one.accuracy * 100:.2f} %", str(len(one.scenarios)), _precision_counts(one.choices))
+        for one in found.candidates
+    ]
+    _table("Measured mixes, on the images kept for choosing", ("mix", "accuracy", "policies", "precisions"), rows)
+    _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2MiB --max-drop 2%")
+
+
+def _precision_counts(choices: Sequence[Any]) -> str:
+    counts: dict[str, int] = {}
+    for choice in choices:
+        counts[choice.option] = counts.get(choice.option, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _budget(
+    memory: str | None,
+    latency: Sequence[str],
+    max_drop: str | None,
+    confidence: str,
+    minimize: str | None,
+    disk: str | None,
+) -> Budget:
+    """Return the budget that the options mean, all faults of them at once."""
+    from edgeflex.schema import Budget, LatencyLimit, Tier
+    from edgeflex.units import parse_share, parse_size_bytes, parse_time_s
+
+    faults: list[str] = []
+
+    def read(option: str, text: str | None, parse: Any) -> Any:
+        if text is None:
+            return None
+        try:
+            return parse(text)
+        except EdgeflexError as error:
+            faults.append(f"{option}: {error}")
+            return None
+
+    def limit(text: str) -> LatencyLimit:
+        seconds, _, statistic = text.partition(":")
+        known = ("mean", "p50", "p95", "p99", "worst")
+        if statistic and statistic not in known:
+            raise InputError(f"statistic {statistic!r} is unknown. Choose one of {', '.join(known)}.")
+        return LatencyLimit.model_validate({"limit_s": parse_time_s(seconds), "statistic": statistic or "mean"})
+
+    memory_bytes = read("--memory", memory, parse_size_bytes)
+    disk_bytes = read("--disk", disk, parse_size_bytes)
+    limits = [one for one in (read("--latency", text, limit) for text in latency) if one is not None]
+    drop = read("--max-drop", max_drop, parse_share)
+    level = read("--confidence", confidence, parse_share)
+    if level is not None and not 0 < level < 1:
+        faults.append(f"--confidence {confidence}: it must lie between 0 and 100 %, both excluded")
+    what, _, statistic = (minimize or "").partition(":")
+    if minimize is not None and what not in {"latency", "memory", "drop"}:
+        faults.append(f"--minimize {minimize!r} is unknown; choose latency, memory or drop")
+    if faults:
+        raise InputError.collect("the budget", faults)
+    if minimize is None:
+        free = [("latency", not limits), ("drop", drop is None), ("memory", memory_bytes is None)]
+        what = next((name for name, missing in free if missing), "drop")
+    return Budget.model_validate(
+        {
+            "memory_bytes": {} if memory_bytes is None else {Tier.HOST: memory_bytes},
+            "latency": limits,
+            "disk_bytes": disk_bytes,
+            "max_drop": drop,
+            "confidence": level,
+            "minimize": what,
+            "statistic": statistic or (limits[0].statistic if limits else "mean"),
+        }
+    )
+
+
+@app.command()
+def plan(
+    calibration: Annotated[Path | None, typer.Argument(help="The folder that calibrate wrote.")] = None,
+    *,
+    memory: Annotated[str | None, typer.Option("--memory", help="Most bytes the model may add, e.g. 2MiB.")] = None,
+    latency: Annotated[
+        list[str] | None, typer.Option("--latency", help="For instance 8ms:p95 (mean, p50, p95, p99, worst).")
+    ] = None,
+    max_drop: Annotated[str | None, typer.Option("--max-drop", help="Most accuracy to lose, e.g. 1%.")] = None,
+    confidence: Annotated[str, typer.Option("--confidence", help="Of the accuracy promise.")] = "95%",
+    disk: Annotated[str | None, typer.Option("--disk", help="Most bytes of the program file.")] = None,
+    minimize: Annotated[
+        str | None, typer.Option("--minimize", help="latency[:statistic], memory or drop; else what has no budget.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Plan for another profile.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Solve a saved cost table instead.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Print the Pareto curve.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the curve to a .svg or .png.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Choose thresholds and precisions together under the budgets; nothing is measured here."""
+    from edgeflex import flow
+    from edgeflex.files import write_atomic
+
+    budget = _budget(memory, latency or (), max_drop, confidence, minimize, disk)
+    if table is not None:
+        _show_solution(flow.solve_table(table, budget), as_json=as_json)
+        return
+    if calibration is None:
+        raise InputError("plan needs the folder that edgeflex calibrate wrote, or --table FILE. Name one.")
+    target = None if device is None else _device(device)
+    if sweep or plot is not None:
+        _show_curve(flow.sweep(calibration, budget), plot, as_json=as_json)
+        return
+    made = flow.plan(calibration, budget, device=target)
+    write_atomic(output, made.canonical_json())
+    if as_json:
+        _print_json(made)
+        return
+    _show_plan(made)
+    _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
+
+
+def _proof_line(proof: Proof) -> str:
+    return (
+        f"Proof: {proof.status}, objective {proof.objective:.6g}, bound {proof.bound:.6g}, gap {proof.gap * 100:.3g} % "
+        f"({proof.solver}, {proof.scenarios_solved} of {proof.scenarios} scenarios solved, {proof.wall_s:.2f} s)"
+    )
+
+
+def _show_solution(solution: Solution, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(solution)
+        return
+    _table("Choices", ("decision", "option"), [(one.subject, one.option) for one in solution.choices])
+    _say(f"Scenario {solution.scenario}\n{_proof_line(solution.proof)}")
+
+
+def _show_curve(curve: Any, plot: Path | None, *, as_json: bool) -> None:
+    from edgeflex.units import format_bytes, format_time
+
+    if plot is not None:
+        from edgeflex.reports import save_curve
+
+        save_curve(curve, plot)
+    if as_json:
+        _print_json(curve)
+        return
+    rows = [
+        (one.label, format_time(one.latency_s), format_bytes(one.memory_bytes), f"{one.drop * 100:.2f} %")
+        for one in (*curve.points, *curve.baselines)
+    ]
+    _table("Measured plans that no other beats, and full-depth baselines", ("mix", "latency", "memory", "drop"), rows)
+    if plot is not None:
+        _say(f"\nWrote {plot}")
+
+
+def _show_plan(made: Plan) -> None:
+    from edgeflex.units import format_bytes, format_share, format_time
+
+    predicted = made.predicted
+    rows = [
+        (f"latency {name}", format_time(span.value), f"{format_time(span.low)} to {format_time(span.high)}")
+        for name, span in made.latency_interval_s.items()
+    ]
+    memory = made.memory
+    parts = (
+        f"weights {format_bytes(memory.weights_bytes)}, activations {format_bytes(memory.activation_bytes)}, "
+        f"overhead {format_bytes(memory.overhead_bytes)}"
+    )
+    rows += [
+        ("memory", format_bytes(memory.model_bytes), parts),
+        ("file", f"{predicted.disk_bytes} B", "exact"),
+        ("drop", format_share(predicted.loss), "on the images it was chosen on"),
+    ]
+    _table(f"{made.name} on {made.backend}", ("promise", "value", "range"), rows)
+    shares = [
+        (str(index), "end" if threshold is None and index == len(made.thresholds) - 1 else _threshold(threshold), share)
+        for index, (threshold, share) in enumerate(
+            zip(made.thresholds, (format_share(one, 1) for one in made.exit_shares), strict=True)
+        )
+    ]
+    _table("\nExits", ("exit", "threshold", "leave here"), shares)
+    _table("\nPrecisions", ("layer", "precision"), [(one.subject, one.option) for one in made.choices])
+    _say(f"\n{_proof_line(made.proof)}")
+    certificate = made.certificate
+    if certificate is not None:
+        _say(
+            f"Accuracy promise: drop at most {format_share(certificate.drop_limit)} with "
+            f"{format_share(certificate.confidence, 0)} confidence, by {certificate.test} on {certificate.samples} "
+            f"images that chose nothing (seen there: {format_share(certificate.drop)}, upper bound "
+            f"{format_share(certificate.drop_upper_bound)})"
+        )
+    for note in made.notes:
+        _say(f"note: {note}")
+
+
+def _threshold(threshold: float | None) -> str:
+    return "never" if threshold is None else f"{threshold:.4f}"
+
+
+@app.command()
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.json.")],
+    *,
+    model: Annotated[Path, typer.Option("--model", "-m", help="The folder that fit-exits wrote.")],
+    calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder.")] = Path("bundle"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one ExecuTorch program, read it back and hold it against the plan."""
+    from edgeflex import flow
+    from edgeflex.files import read_bytes
+    from edgeflex.schema import Plan
+    from edgeflex.units import format_bytes
+
+    made = Plan.parse(read_bytes(plan_file, "plan"), str(plan_file))
+    bundle = flow.export(made, model, calibration, output, overwrite=overwrite, progress=_progress(quiet=quiet))
+    if as_json:
+        _print_json(bundle.manifest)
+        return
+    rows = [(one.path, one.role, format_bytes(one.size_bytes), one.sha256[:16]) for one in bundle.manifest.files]
+    _table(f"{len(bundle.manifest.layer_precisions)} layers held as planned", ("file", "role", "size", "sha256"), rows)
+    _say(f"\nWrote {output}. Next: edgeflex bench {output} --data IMAGES")
+
+
+@app.command()
+def run(
+    bundle: Path,
+    *,
+    data: Data,
+    runtime: Annotated[str, typer.Option("--runtime", help="What runs it.")] = "executorch",
+    threads: Threads = 1,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Raw samples.")] = Path("stats.json"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a bundle on images: answers, exits taken, raw latencies."""
+    from edgeflex import flow
+    from edgeflex.files import write_atomic
+
+    stats = flow.run(bundle, data, runtime=runtime, threads=threads, limit=limit, progress=_progress(quiet=quiet))
+    write_atomic(output, stats.canonical_json())
+    if as_json:
+        _print_json(stats)
+        return
+    _show_run(stats)
+    _say(f"\nWrote {output}")
+
+
+def _show_run(stats: Any) -> None:
+    from edgeflex.units import format_time
+
+    requests = stats.requests
+    labelled = [one for one in requests if one.label is not None]
+    mean_s = sum(one.latency_s for one in requests) / len(requests)
+    exits: dict[int, int] = {}
+    for one in requests:
+        exits[one.exit] = exits.get(one.exit, 0) + 1
+    rows = [("images", str(len(requests))), ("mean latency", format_time(mean_s))]
+    if labelled:
+        right = sum(one.prediction == one.label for one in labelled)
+        rows.append(("accuracy", f"{right / len(labelled) * 100:.2f} %"))
+    rows += [
+        (f"left at exit {index}", f"{count / len(requests) * 100:.1f} %") for index, count in sorted(exits.items())
+    ]
+    _table("", ("figure", "value"), rows)
+
+
+def _show_checks(checks: Sequence[Any]) -> bool:
+    from edgeflex.reports.summary import row
+
+    rows = [row(check, budget=check.limit is not None) for check in checks]
+    _table("", ("promise", "limit", "promised", "measured", "verdict"), rows)
+    return all(check.ok for check in checks)
+
+
+def _end_with(*, kept: bool) -> None:
+    if not kept:
+        raise typer.Exit(3)
+
+
+@app.command()
+def bench(
+    bundle: Path,
+    *,
+    data: Data,
+    images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
+    threads: Threads = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("bench.json"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure latency and memory against the plan; exit code 3 when a budget is broken."""
+    from edgeflex import flow
+    from edgeflex.files import write_atomic
+
+    result = flow.bench(bundle, data, images=images, repeats=repeats, threads=threads, progress=_progress(quiet=quiet))
+    write_atomic(output, result.canonical_json())
+    if as_json:
+        _print_json(result)
+    else:
+        _show_checks(result.checks)
+        _say(f"\nWrote {output}")
+    _end_with(kept=all(check.ok for check in result.checks if check.limit is not None))
+
+
+@app.command()
+def verify(
+    bundle: Path,
+    *,
+    data: Data,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
+    threads: Threads = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("verify.json"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold accuracy, parity and size against the manifest; exit code 3 when a promise is broken."""
+    from edgeflex import flow
+    from edgeflex.files import write_atomic
+
+    result = flow.verify(
+        bundle, data, model_folder=model, limit=limit, threads=threads, progress=_progress(quiet=quiet)
+    )
+    write_atomic(output, result.canonical_json())
+    if as_json:
+        _print_json(result)
+    else:
+        _show_checks(result.checks)
+        _say(f"\n{result.images} images, {result.skipped_seen} left out because they chose something\nWrote {output}")
+    _end_with(kept=all(check.ok for check in result.checks))
+
+
+@app.command()
+def report(
+    bundle: Path,
+    *,
+    bench_file: Annotated[Path | None, typer.Option("--bench", help="bench.json of this bundle.")] = None,
+    verify_file: Annotated[Path | None, typer.Option("--verify", help="verify.json of this bundle.")] = None,
+    stats_file: Annotated[Path | None, typer.Option("--stats", help="stats.json of this bundle.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained page: promise against measurement."""
+    from edgeflex import flow
+    from edgeflex.files import read_bytes
+    from edgeflex.schema import BenchResult, RunStats, VerifyResult
+
+    def read(kind: Any, path: Path | None) -> Any:
+        return None if path is None else kind.parse(read_bytes(path, "measured figures"), str(path))
+
+    built = flow.report(
+        bundle,
+        output,
+        bench_result=read(BenchResult, bench_file),
+        verify_result=read(VerifyResult, verify_file),
+        stats=read(RunStats, stats_file),
+    )
+    if as_json:
+        _print_json(built)
+        return
+    _show_report(built)
+    _say(f"\nWrote {output}")
+
+
+def _show_report(built: Any) -> None:
+    from edgeflex.reports import summary_rows
+
+    _table("", ("promise", "limit", "promised", "measured", "verdict"), summary_rows(built))
+
+
+@app.command()
+def quickstart(
+    *,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where everything goes.")] = Path(
+        "edgeflex-quickstart"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Walk the whole corridor on a small real model that needs no network."""
+    from edgeflex.quickstart import walk
+
+    built, page = walk(folder, progress=_progress(quiet=quiet))
+    if as_json:
+        _print_json(built)
+        return
+    _show_report(built)
+    _say(f"\nThe report: {page}")
+
+
+def _fail(error: EdgeflexError) -> NoReturn:
+    if "--json" in sys.argv:
+        document = {"error": type(error).__name__, "message": str(error), **error.details()}
+        print(json.dumps({"schema_version": 1, **document}, sort_keys=True))
+    sys.stderr.write(f"edgeflex: {error}\n")
+    raise SystemExit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    try:
+        app()
+    except EdgeflexError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("edgeflex: interrupted. What was finished is kept; run the same command again to go on.\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # the reader of our output went away; there is nobody to tell
+        raise SystemExit(0) from None

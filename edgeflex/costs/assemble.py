@@ -1,0 +1,222 @@
+"""A calibration folder becomes a cost table and its measured candidates; which mixes to measure. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeflex.costs.latency import LatencyModel, Observation, fit_latency, layer_time
+from edgeflex.costs.policies import exit_outputs, judge, policy_pool
+from edgeflex.costs.store import Mix, mix_digest
+from edgeflex.costs.table import (
+    Sensitivity,
+    TableParts,
+    build_table,
+    disk_bytes,
+    fit_memory,
+    layer_options,
+    loss_scale,
+    matched_losses,
+    scenario_of,
+)
+from edgeflex.schema import (
+    Candidate,
+    Candidates,
+    Capabilities,
+    Choice,
+    CostTable,
+    DeviceProfile,
+    LayerKind,
+    ModelGraph,
+    Precision,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgeflex.costs.policies import ExitOutputs, Policy
+    from edgeflex.costs.store import Calibration
+
+    Precisions = dict[str, Precision]
+
+_PAGE_BYTES = 4096
+# Room for what the file format adds per program, found on no layer; export fills it exactly.
+_PROGRAM_SLACK_BYTES = 4096
+_SMALL_SHARE = 0.05
+_INT8_ORDER = (Precision.INT8_STATIC, Precision.INT8_DYNAMIC)
+
+
+def uniform_mixes(graph: ModelGraph, options: Mapping[str, Sequence[Precision]]) -> tuple[tuple[str, Precisions], ...]:
+    """Return fp32 and one mix per precision of the linear layers, convolutions in static int8 beside them.
+
+    Where linear layers hold almost no weights, only their first int8 form is tried.
+    """
+    linear = [layer for layer in graph.layers if layer.shape.kind is LayerKind.LINEAR]
+    share = sum(one.shape.weight_count for one in linear) / sum(one.shape.weight_count for one in graph.layers)
+    forms = dict.fromkeys(one for layer in graph.layers for one in options[layer.name] if one is not Precision.FP32)
+    if share < _SMALL_SHARE:
+        forms = dict.fromkeys(one for one in forms if one is Precision.INT8_STATIC)
+    mixes: list[tuple[str, Precisions]] = [("fp32", {layer.name: Precision.FP32 for layer in graph.layers})]
+    for form in forms:
+        mix = {}
+        for layer in graph.layers:
+            allowed = options[layer.name]
+            fallback = next((one for one in _INT8_ORDER if one in allowed), Precision.FP32)
+            mix[layer.name] = form if form in allowed else fallback
+        mixes.append((form.value, mix))
+    return tuple(mixes)
+
+
+def random_mix(graph: ModelGraph, options: Mapping[str, Sequence[Precision]], seed: int) -> Precisions:
+    """Return a mix drawn uniformly, layer by layer; it tells the latency fit what conversions cost."""
+    rng = np.random.default_rng(seed)
+    return {layer.name: options[layer.name][rng.integers(len(options[layer.name]))] for layer in graph.layers}
+
+
+def mix_of(choices: Sequence[Choice]) -> Precisions:
+    """Return the precisions that a solution chose."""
+    return {choice.subject: Precision(choice.option) for choice in choices}
+
+
+def _latency_model(
+    graph: ModelGraph,
+    device: DeviceProfile,
+    options: Mapping[str, Sequence[Precision]],
+    mixes: Sequence[Mix],
+    threads: int,
+    *,
+    here: bool,
+) -> LatencyModel:
+    times = {
+        (layer.name, precision): layer_time(device, layer.shape, precision, threads)
+        for layer in graph.layers
+        for precision in options[layer.name]
+    }
+    observations = [Observation(mix.record.precisions, mix.record.segment_s) for mix in mixes] if here else []
+    return fit_latency(
+        graph,
+        {key: time.seconds for key, time in times.items()},
+        observations,
+        call_s=device.call_s.value if device.call_s else 0.0,
+        layer_error=max(time.relative_error for time in times.values()),
+    )
+
+
+def _pools(
+    mixes: Sequence[Mix], outputs: Mapping[str, ExitOutputs], block_s: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[Policy, ...]]:
+    return {mix.digest: policy_pool(outputs[mix.digest], block_s[mix.digest]) for mix in mixes}
+
+
+def _fixed_disk_bytes(graph: ModelGraph, mixes: Sequence[Mix]) -> int:
+    """Return what the largest measured program needs beyond its layers, rounded up to pages."""
+    spare = [
+        mix.record.program_bytes
+        - sum(disk_bytes(layer, mix.record.precisions.get(layer.name, Precision.FP32)) for layer in graph.layers)
+        for mix in mixes
+    ]
+    return -(-max(0, *spare, 0) // _PAGE_BYTES) * _PAGE_BYTES + _PROGRAM_SLACK_BYTES
+
+
+def _sensitivity(calibration: Calibration, options: Mapping[str, Sequence[Precision]]) -> Sensitivity:
+    return Sensitivity(
+        baseline=calibration.baseline(),
+        labels=calibration.sensitivity_labels(),
+        changed={
+            (layer, precision): calibration.sensitivity(layer, precision)
+            for layer, precisions in options.items()
+            for precision in precisions
+            if precision is not Precision.FP32
+        },
+    )
+
+
+def assemble(
+    calibration: Calibration,
+    graph: ModelGraph,
+    device: DeviceProfile,
+    capabilities: Capabilities,
+    *,
+    threads: int,
+    here: bool,
+) -> tuple[CostTable, Candidates]:
+    """Return the cost table and the measured candidates of what the folder holds so far.
+
+    Args:
+        calibration: With ranges, sensitivities and at least the fp32 mix measured.
+        graph: Of the calibrated model.
+        device: To plan for.
+        capabilities: Of the backend.
+        threads: Of the runtime.
+        here: Whether the mixes were timed on this very device, so that the fit may use their times.
+    """
+    options = layer_options(graph, capabilities)
+    mixes = calibration.mixes()
+    labels = calibration.labels("choose")
+    latency = _latency_model(graph, device, options, mixes, threads, here=here)
+    outputs = {mix.digest: exit_outputs(mix.choose, labels) for mix in mixes}
+    from edgeflex.costs.latency import predicted_segments_s
+
+    block_s = {mix.digest: predicted_segments_s(latency, graph, mix.record.precisions) for mix in mixes}
+    pools = _pools(mixes, outputs, block_s)
+    float_mix = mix_digest({})
+    reference_error = 1.0 - float(outputs[float_mix].correct[:, -1].mean())
+    policies = pools[float_mix]
+    losses = matched_losses(_sensitivity(calibration, options), policies)
+    scale = loss_scale(losses, [_extra_drops(mix, outputs[mix.digest], policies, graph) for mix in mixes])
+    memory = fit_memory(
+        graph,
+        [(mix.record.precisions, mix.record.memory_bytes) for mix in mixes if mix.record.memory_bytes is not None],
+    )
+    table = build_table(
+        TableParts(
+            graph=graph,
+            options=options,
+            latency=latency,
+            memory=memory,
+            policies=policies,
+            reference_error=reference_error,
+            losses=losses,
+            loss_scale=scale,
+            fixed_disk_bytes=_fixed_disk_bytes(graph, mixes),
+            backend=capabilities.backend,
+            device_digest=device.digest(),
+            calibration_digest=calibration.digest(),
+        )
+    )
+    return table, Candidates(
+        reference_accuracy=1.0 - reference_error,
+        candidates=tuple(
+            _candidate(mix, pools[mix.digest], outputs[mix.digest], reference_error, graph) for mix in mixes
+        ),
+        table_digest=table.digest(),
+    )
+
+
+def _extra_drops(
+    mix: Mix, outputs: ExitOutputs, policies: Sequence[Policy], graph: ModelGraph
+) -> tuple[Mapping[str, Precision], tuple[float, ...]]:
+    """Return how much more a mix errs than fp32 under each policy's exit rates."""
+    from edgeflex.costs.policies import anchored
+
+    unit = (1.0,) * graph.segment_count
+    return mix.record.precisions, tuple(
+        judge(outputs, anchored(outputs, policy.reach), unit).error - policy.error for policy in policies
+    )
+
+
+def _candidate(
+    mix: Mix, pool: Sequence[Policy], outputs: ExitOutputs, reference_error: float, graph: ModelGraph
+) -> Candidate:
+    return Candidate(
+        mix=mix.digest,
+        choices=tuple(
+            Choice(subject=layer.name, option=mix.record.precisions.get(layer.name, Precision.FP32).value)
+            for layer in graph.layers
+        ),
+        scenarios=tuple(
+            scenario_of(policy, reference_error, f"{mix.digest} policy {index}") for index, policy in enumerate(pool)
+        ),
+        accuracy=float(outputs.correct[:, -1].mean()),
+    )

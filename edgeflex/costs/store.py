@@ -1,0 +1,218 @@
+"""The calibration folder: what was measured, each file written whole or not at all. No torch.
+
+    calibration.json                 what was measured: digests, shares, seed
+    choose.npy, certify.npy, test.npy  indices of the images of each part
+    ranges.json                      least and greatest value of every tensor
+    sensitivity/<layer>.<option>.npy probabilities [n, exits, classes] with that one layer quantised
+    mixes/<digest>.*                 a whole model in chosen precisions: probabilities on choose and certify,
+                                     seconds per segment, bytes
+
+A part used to choose is never used to certify, and neither to judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from edgeflex.errors import InputError
+from edgeflex.files import read_bytes, write_atomic
+from edgeflex.schema import Noun, Precision
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+SHARES = {"choose": 0.4, "certify": 0.4, "test": 0.2}
+
+
+class CalibrationMeta(Noun):
+    """What a calibration folder belongs to; another model, data or seed is another folder."""
+
+    schema_version: int = 1
+    weights_digest: str
+    images_digest: str
+    seed: int
+    shares: dict[str, float]
+    backend: str
+    reference_accuracy: float | None = None
+
+
+class MixRecord(Noun):
+    """One measured mix: its precisions, and what its program costs on the device that measured it."""
+
+    precisions: dict[str, Precision]
+    segment_s: tuple[float, ...]
+    program_bytes: int
+    memory_bytes: int | None = None
+    role: str = "candidate"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A measured mix with its probabilities [n, exits, classes] on the choose and certify parts."""
+
+    digest: str
+    record: MixRecord
+    choose: NDArray[np.float32]
+    certify: NDArray[np.float32]
+
+
+def mix_digest(precisions: Mapping[str, Precision]) -> str:
+    """Return the identity of a mix: a digest of its layers that are not fp32."""
+    chosen = {name: one.value for name, one in precisions.items() if one is not Precision.FP32}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as .npy, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def _load_array(path: Path) -> NDArray[Any]:
+    try:
+        return np.load(io.BytesIO(read_bytes(path, "calibration file")), allow_pickle=False)
+    except ValueError as error:
+        raise InputError(
+            f"calibration file {str(path)!r} is damaged: {error}. Delete it and calibrate again."
+        ) from None
+
+
+class Calibration:
+    """A calibration folder, open for reading and for adding what is missing."""
+
+    def __init__(self, folder: Path, meta: CalibrationMeta) -> None:
+        self.folder = folder
+        self.meta = meta
+
+    @classmethod
+    def create(cls, folder: Path, meta: CalibrationMeta) -> Calibration:
+        """Open ``folder`` for ``meta``, new or begun earlier with the very same model, data and seed.
+
+        Raises:
+            InputError: The folder holds a calibration of something else.
+        """
+        path = folder / "calibration.json"
+        if path.exists():
+            found = cls.open(folder)
+            same = ("weights_digest", "images_digest", "seed", "shares", "backend")
+            different = [name for name in same if getattr(found.meta, name) != getattr(meta, name)]
+            if different:
+                raise InputError(
+                    f"{str(folder)!r} holds a calibration with another {', '.join(different)}. "
+                    "Name another folder with -o or pass --overwrite."
+                )
+            return found
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"output folder {str(folder)!r} is not empty and no calibration. Name another with -o.")
+        write_atomic(path, meta.canonical_json())
+        return cls(folder, meta)
+
+    @classmethod
+    def open(cls, folder: Path) -> Calibration:
+        """Open an existing calibration.
+
+        Raises:
+            InputError: ``folder`` is none.
+        """
+        raw = read_bytes(folder / "calibration.json", "calibration")
+        try:
+            return cls(folder, CalibrationMeta.model_validate_json(raw))
+        except ValidationError as error:
+            raise InputError(
+                f"{str(folder)!r} is no calibration: {error.error_count()} faults. Calibrate again."
+            ) from None
+
+    def digest(self) -> str:
+        """Return the identity of what was calibrated and every mix that was measured."""
+        mixes = ",".join(path.stem for path in sorted((self.folder / "mixes").glob("*.json")))
+        return hashlib.sha256((self.meta.canonical_json() + mixes).encode()).hexdigest()
+
+    def write_split(self, split: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64]) -> None:
+        """Keep which image serves what, with all labels [images]."""
+        for part, indices in split.items():
+            save_array(self.folder / f"{part}.npy", indices)
+        save_array(self.folder / "labels.npy", labels)
+
+    def part(self, name: str) -> NDArray[np.int64]:
+        """Return the image indices of ``choose``, ``certify`` or ``test``."""
+        return _load_array(self.folder / f"{name}.npy")
+
+    def labels(self, part: str) -> NDArray[np.int64]:
+        """Return the labels of a part."""
+        return _load_array(self.folder / "labels.npy")[self.part(part)]
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Return the recorded activation ranges."""
+        raw = json.loads(read_bytes(self.folder / "ranges.json", "activation ranges"))
+        return {name: (low, high) for name, (low, high) in raw.items()}
+
+    def has(self, name: str) -> bool:
+        """Say whether a file of the folder is there."""
+        return (self.folder / name).exists()
+
+    def write_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Keep the activation ranges."""
+        write_atomic(self.folder / "ranges.json", json.dumps(ranges, sort_keys=True))
+
+    def sensitivity_path(self, layer: str, precision: Precision) -> Path:
+        """Return where the outputs with one layer quantised are kept."""
+        return self.folder / "sensitivity" / f"{layer}.{precision.value}.npy"
+
+    def sensitivity(self, layer: str, precision: Precision) -> NDArray[np.float32]:
+        """Return the probabilities [n, exits, classes] with one layer quantised."""
+        return _load_array(self.sensitivity_path(layer, precision)).astype(np.float32)
+
+    def baseline(self) -> NDArray[np.float32]:
+        """Return the unquantised probabilities on the sensitivity images."""
+        return _load_array(self.folder / "sensitivity" / "baseline.npy").astype(np.float32)
+
+    def sensitivity_labels(self) -> NDArray[np.int64]:
+        """Return the labels of the sensitivity images, the first of the choose part."""
+        return self.labels("choose")[: len(self.baseline())]
+
+    def has_mix(self, precisions: Mapping[str, Precision]) -> bool:
+        """Say whether this mix was measured."""
+        return self.has(f"mixes/{mix_digest(precisions)}.json")
+
+    def write_mix(self, record: MixRecord, choose: NDArray[np.float32], certify: NDArray[np.float32]) -> None:
+        """Keep a measured mix; the record last, so that a killed run leaves no half."""
+        name = mix_digest(record.precisions)
+        save_array(self.folder / "mixes" / f"{name}.choose.npy", choose)
+        save_array(self.folder / "mixes" / f"{name}.certify.npy", certify)
+        write_atomic(self.folder / "mixes" / f"{name}.json", record.canonical_json())
+
+    def records(self) -> dict[str, MixRecord]:
+        """Return every measured mix by digest, without its probabilities."""
+        return {
+            path.stem: MixRecord.model_validate_json(path.read_bytes())
+            for path in sorted((self.folder / "mixes").glob("*.json"))
+        }
+
+    def mix(self, name: str) -> Mix:
+        """Return one measured mix by digest.
+
+        Raises:
+            InputError: It was never measured.
+        """
+        raw = read_bytes(self.folder / "mixes" / f"{name}.json", "measured mix")
+        return Mix(
+            name,
+            MixRecord.model_validate_json(raw),
+            _load_array(self.folder / "mixes" / f"{name}.choose.npy"),
+            _load_array(self.folder / "mixes" / f"{name}.certify.npy"),
+        )
+
+    def mixes(self) -> tuple[Mix, ...]:
+        """Return every measured mix with its probabilities."""
+        return tuple(self.mix(path.stem) for path in sorted((self.folder / "mixes").glob("*.json")))

@@ -1,0 +1,266 @@
+"""From a table, its measured candidates and a budget to a plan: what ships must have been run for real.
+
+The solver answers for the whole table; here the mixes that were measured are held against the budget with the
+accuracy that they really had, the best is taken, and its thresholds are certified on images that chose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from edgeflex.errors import InfeasibleError
+from edgeflex.plans.audit import footprint
+from edgeflex.plans.guarantee import certify, samples_needed, upper_bound
+from edgeflex.schema import (
+    Budget,
+    Candidate,
+    Certificate,
+    CostTable,
+    CurvePoint,
+    Footprint,
+    Interval,
+    Proof,
+    Scenario,
+    Solution,
+    Statistic,
+)
+from edgeflex.units import format_bytes, format_share, format_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p95", "p99", "worst")
+_QUANTILES: Mapping[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+_TINY = 1e-12
+_MOST_TESTED = 24
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A candidate with the scenario to ship, and the safer ones before it."""
+
+    candidate: Candidate
+    costs: Footprint
+    chain: tuple[Scenario, ...]
+    objective: float
+    table: CostTable
+
+    @property
+    def mean_s(self) -> float:
+        """Mean latency of the scenario to ship."""
+        return latency_statistics(self.costs.block_latency_s, self.chain[-1].reach)["mean"]
+
+
+def shipping_table(table: CostTable, candidate: Candidate) -> CostTable:
+    """Return the table of one measured mix: its own scenarios, whose drops already hold what precision costs."""
+    free = tuple(
+        decision.model_copy(
+            update={"options": tuple(one.model_copy(update={"loss": (0.0,)}) for one in decision.options)}
+        )
+        for decision in table.decisions
+    )
+    return table.model_copy(update={"scenarios": candidate.scenarios, "decisions": free})
+
+
+def latency_statistics(block_s: Sequence[float], reach: Sequence[float]) -> dict[Statistic, float]:
+    """Return mean, percentiles and worst case of a cascade whose block b runs with probability reach[b]."""
+    found: dict[Statistic, float] = {"mean": sum(t * r for t, r in zip(block_s, reach, strict=True))}
+    for statistic, quantile in _QUANTILES.items():
+        found[statistic] = sum(
+            seconds
+            for index, (seconds, share) in enumerate(zip(block_s, reach, strict=True))
+            if index == 0 or share > 1.0 - quantile + _TINY
+        )
+    found["worst"] = sum(t for t, r in zip(block_s, reach, strict=True) if r > 0)
+    return found
+
+
+def _within(costs: Footprint, latency: Mapping[Statistic, float], budget: Budget) -> bool:
+    if any(costs.memory_bytes.get(tier, 0) > limit for tier, limit in budget.memory_bytes.items()):
+        return False
+    if budget.disk_bytes is not None and costs.disk_bytes > budget.disk_bytes:
+        return False
+    return all(latency[limit.statistic] <= limit.limit_s for limit in budget.latency)
+
+
+def _objective(costs: Footprint, latency: Mapping[Statistic, float], drop: float, budget: Budget) -> float:
+    if budget.minimize == "latency":
+        return latency[budget.statistic]
+    if budget.minimize == "drop":
+        return drop
+    tiers = budget.memory_bytes or costs.memory_bytes
+    return float(sum(costs.memory_bytes.get(tier, 0) for tier in tiers))
+
+
+def pick(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> Pick | None:
+    """Return the best measured candidate within every budget, or None.
+
+    ``chain`` runs from the safest scenario to the one to ship: rising drop, falling objective, all within the
+    budgets; the last has the best objective whose drop on the choosing images is within ``max_drop``.
+    """
+    best: Pick | None = None
+    for candidate in candidates:
+        own = shipping_table(table, candidate)
+        costs = footprint(own, 0, candidate.choices)
+        ranked = []
+        for scenario in candidate.scenarios:
+            latency = latency_statistics(costs.block_latency_s, scenario.reach)
+            if _within(costs, latency, budget):
+                ranked.append((_objective(costs, latency, scenario.loss, budget), scenario, latency["mean"]))
+        allowed = [one for one in ranked if budget.max_drop is None or one[1].loss <= budget.max_drop]
+        if not allowed:
+            continue
+        # equal objectives (memory is the same for every scenario of a mix) go to the faster scenario
+        objective, scenario, mean_s = min(allowed, key=lambda one: (one[0], one[2]))
+        tied = best is not None and objective == best.objective
+        if best is None or objective < best.objective or (tied and mean_s < best.mean_s):
+            safer = [one for _, one, mean in ranked if one.loss < scenario.loss and mean > mean_s]
+            chain = (*sorted(safer, key=lambda one: one.loss)[-_MOST_TESTED:], scenario)
+            best = Pick(candidate, costs, chain, objective, own)
+    return best
+
+
+def certified(
+    chosen: Pick,
+    budget: Budget,
+    losses: Callable[[Sequence[Scenario]], NDArray[np.float64]],
+) -> tuple[Scenario, Certificate]:
+    """Return the last scenario of the chain whose accuracy promise holds, with its certificate.
+
+    Fixed-sequence testing from the safest scenario on (Angelopoulos et al. 2021, Learn then Test, section 3.2)
+    with betting p-values (Waudby-Smith and Ramdas 2024). Without ``max_drop`` the shipped scenario is the
+    chain's last, and the certificate states the least drop that can be promised for it.
+
+    Args:
+        chosen: From ``pick``.
+        budget: With max_drop and confidence.
+        losses: Gives the paired losses [scenarios, samples] in -1, 0, 1 on images that chose nothing.
+
+    Raises:
+        InfeasibleError: Not even the safest scenario can be certified.
+    """
+    matrix = losses(chosen.chain)
+    index: int | None = len(chosen.chain) - 1
+    if budget.max_drop is not None and budget.max_drop > 0:
+        index = certify(matrix, budget.max_drop, budget.confidence)
+    if index is None:
+        _refuse(chosen, budget, matrix)
+    row = matrix[index]
+    bound = upper_bound(row, budget.confidence)
+    limit = budget.max_drop or bound
+    return chosen.chain[index], Certificate(
+        test="fixed-sequence testing with betting p-values on paired 0/1 losses",
+        drop_limit=limit,
+        confidence=budget.confidence,
+        samples=matrix.shape[1],
+        candidates=len(chosen.chain),
+        certified_index=index,
+        drop=float(row.mean()),
+        drop_upper_bound=min(bound, limit),
+    )
+
+
+def _refuse(chosen: Pick, budget: Budget, matrix: NDArray[np.float64]) -> None:
+    bounds = [upper_bound(row, budget.confidence) for row in matrix]
+    least = min(bounds)
+    limit = budget.max_drop or 0.0
+    needed = samples_needed(matrix[0], limit, budget.confidence)
+    more = f" or calibrate with about {needed} certification images" if needed else ""
+    raise InfeasibleError(
+        f"a drop of at most {format_share(limit)} cannot be promised with {format_share(budget.confidence, 0)} "
+        f"confidence from {matrix.shape[1]} images: the least that can is {format_share(least)}, at "
+        f"{format_time(chosen.mean_s)} and {format_bytes(sum(chosen.costs.memory_bytes.values()))}. "
+        f"Pass --max-drop {least * 100:.2f}%{more}.",
+        binding=("max drop",),
+        least={"max drop": least},
+        relaxation=f"--max-drop {least * 100:.2f}%",
+    )
+
+
+def exit_shares(reach: Sequence[float]) -> tuple[float, ...]:
+    """Return the share of inputs that leave at each exit."""
+    later = [*reach[1:], 0.0]
+    return tuple(max(0.0, here - after) for here, after in zip(reach, later, strict=True))
+
+
+def latency_intervals(
+    predicted: Footprint, reach: Sequence[float], relative_error: float, samples: int
+) -> dict[Statistic, Interval]:
+    """Return each latency statistic with its range.
+
+    The range holds the error of the latency model and, for the mean, twice the standard error of the exit
+    shares, which come from ``samples`` images.
+    """
+    cumulative = list(accumulate(predicted.block_latency_s))
+    mean_s = predicted.latency_s["mean"]
+    shares = exit_shares(reach)
+    variance = sum(share * (seconds - mean_s) ** 2 for share, seconds in zip(shares, cumulative, strict=True))
+    sampling_s = 2.0 * math.sqrt(variance / max(1, samples))
+    found: dict[Statistic, Interval] = {}
+    for statistic, value in predicted.latency_s.items():
+        extra = sampling_s if statistic == "mean" else 0.0
+        low, high = value * (1.0 - relative_error) - extra, value * (1.0 + relative_error) + extra
+        found[statistic] = Interval(value=value, low=max(0.0, low), high=high)
+    return found
+
+
+def objective_of(predicted: Footprint, budget: Budget) -> float:
+    """Return what the budget minimises, as the footprint has it."""
+    return _objective(predicted, predicted.latency_s, predicted.loss, budget)
+
+
+def curve_points(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> tuple[CurvePoint, ...]:
+    """Return the measured plans that no other beats in latency and drop, within the memory and disk budgets."""
+    free = budget.model_copy(update={"latency": (), "max_drop": None})
+    found = []
+    for candidate in candidates:
+        costs = footprint(shipping_table(table, candidate), 0, candidate.choices)
+        for scenario in candidate.scenarios:
+            latency = latency_statistics(costs.block_latency_s, scenario.reach)
+            if _within(costs, latency, free):
+                memory_bytes = sum(costs.memory_bytes.values())
+                found.append((latency[budget.statistic], scenario.loss, memory_bytes, candidate.mix))
+    kept: list[CurvePoint] = []
+    for seconds, drop, memory_bytes, mix in sorted(found):
+        if not kept or drop < kept[-1].drop:
+            kept.append(CurvePoint(label=mix, latency_s=seconds, memory_bytes=memory_bytes, drop=drop))
+    return tuple(kept)
+
+
+def static_points(table: CostTable, candidates: Sequence[Candidate], reference: float) -> tuple[CurvePoint, ...]:
+    """Return each measured mix run to full depth, for the early exits to be held against."""
+    points = []
+    for candidate in candidates:
+        costs = footprint(shipping_table(table, candidate), 0, candidate.choices)
+        points.append(
+            CurvePoint(
+                label=_label(candidate),
+                latency_s=sum(costs.block_latency_s),
+                memory_bytes=sum(costs.memory_bytes.values()),
+                drop=reference - candidate.accuracy,
+            )
+        )
+    return tuple(points)
+
+
+def _label(candidate: Candidate) -> str:
+    names = sorted({choice.option for choice in candidate.choices})
+    return f"full depth, {names[0]}" if len(names) == 1 else "full depth, " + " + ".join(names)
+
+
+def restated(solution: Solution, objective: float) -> Proof:
+    """Return the solver's proof for what ships instead: the same bound, the shipped objective.
+
+    The bound is the table's: no combination of precisions and policies in the table does better by the
+    table's own additive losses.
+    """
+    proof = solution.proof
+    gap = max(0.0, (objective - proof.bound) / max(abs(objective), _TINY))
+    status = "optimal" if gap <= proof.tolerance and proof.status == "optimal" else "feasible"
+    return proof.model_copy(update={"objective": objective, "gap": gap, "status": status})

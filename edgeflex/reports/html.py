@@ -1,0 +1,97 @@
+"""The report as one self-contained HTML page: no script, nothing fetched, equal bytes for equal values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeflex.errors import InputError
+from edgeflex.reports import sections, summary
+from edgeflex.reports.summary import format_seconds, format_value
+from edgeflex.reports.svg import clean
+
+if TYPE_CHECKING:
+    from edgeflex.schema import CostTable, Report
+
+_PNG_URI = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def to_html(report: Report, *, table: CostTable | None = None) -> str:
+    """Return the page.
+
+    Args:
+        report: Promise and measurement, joined.
+        table: The cost table that the plan was solved on; adds each layer's sensitivity.
+
+    Raises:
+        InputError: An example image is no PNG data URI, or ``table`` is not the plan's.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    _require_sound(report, table)
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,
+    )
+    environment.filters |= {
+        "value": format_value,
+        "seconds": format_seconds,
+        "fine": _fine,
+        "count": lambda n: f"{n:,}",
+    }
+    _, sentence = summary.outcome(report)
+    return (
+        environment.get_template("report.html.j2").render(
+            report=report,
+            manifest=report.manifest,
+            plan=report.manifest.plan,
+            bench=report.bench,
+            verify=report.verify,
+            sentence=sentence,
+            absent=summary.ABSENT,
+            verdicts=[sections.check_row(check, budget=True) for check in report.verdicts],
+            others=[sections.check_row(check, budget=False) for check in summary.other_checks(report)],
+            pareto=sections.pareto_section(report),
+            exits=sections.exit_rows(report),
+            galleries=sections.galleries(report),
+            statics=sections.statics_section(report),
+            layers=sections.layers_section(report.manifest, table),
+            memory=sections.memory_bars(report),
+            latency=sections.latency_section(report),
+            commands=sections.commands(report.manifest),
+        )
+        + "\n"
+    )
+
+
+def _fine(value: float, unit: str) -> str:
+    """Return a value with the digits that tell an objective from its bound."""
+    if unit == "bytes":
+        return f"{value:,.0f} bytes"
+    return f"{value * 1e3:.5g} ms" if unit == "s" else f"{value:.5g}"
+
+
+def _require_sound(report: Report, table: CostTable | None) -> None:
+    examples = report.verify.examples if report.verify is not None else ()
+    faults = [
+        f"example image {example.input!r} is not a PNG data URI; run `edgeflex verify` again"
+        for example in examples
+        if _PNG_URI.fullmatch(example.image) is None
+    ]
+    exits = len(report.manifest.graph.exits)
+    faults += [
+        f"example image {example.input!r} left at exit {example.exit}, the model has {exits}; verify again"
+        for example in examples
+        if not 0 <= example.exit < exits
+    ]
+    digest = report.manifest.plan.table_digest
+    if table is not None and table.digest() != digest:
+        faults.append(f"the cost table is {table.digest()[:12]}, the plan was solved on {digest[:12]}; give that one")
+    if faults:
+        raise InputError.collect("the report cannot be drawn", faults)
