@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from edgeflex import __version__
+from edgeflex import __version__, terminal
 from edgeflex.errors import EdgeflexError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from edgeflex.progress import Advance, Progress
-    from edgeflex.schema import Budget, Plan, Proof, Solution
+    from edgeflex.progress import Progress
+    from edgeflex.schema import Budget, Curve
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 bad input, 3 budget cannot be met or check failed, "
@@ -50,42 +50,10 @@ InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a si
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
-class _Bars:
-    """Progress bars on standard error; plain lines when that is no terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-
-    @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Advance]:
-        """Show one bar while the block runs."""
-        from rich import progress
-
-        if not self.console.is_terminal:
-            self.console.print(f"{title} …", highlight=False)
-            yield lambda _count: None
-            return
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-        )
-        with progress.Progress(*columns, console=self.console, transient=True) as bars:
-            bar = bars.add_task(title, total=total)
-            yield lambda count: bars.advance(bar, count)
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, highlight=False, markup=False)
-
-
 def _progress(*, quiet: bool) -> Progress:
     from edgeflex.progress import Silent
 
-    return Silent() if quiet else _Bars()
+    return Silent() if quiet else terminal.Bars()
 
 
 def _print_json(document: Any) -> None:
@@ -93,22 +61,16 @@ def _print_json(document: Any) -> None:
     print(json.dumps({"schema_version": 1, **value}, sort_keys=True))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table that folds its cells rather than cut them."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=title or None, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    Console().print(shown)
-
-
 def _say(text: str = "") -> None:
     print(text)
+
+
+def _result(value: Any, text: Callable[[Any], str], *, as_json: bool) -> None:
+    """Print a value as one JSON document, or as the text that people read."""
+    if as_json:
+        _print_json(value)
+        return
+    _say(text(value))
 
 
 def _device(name: str | None) -> Any:
@@ -155,7 +117,7 @@ def profile(
     if as_json:
         _print_json(measured)
         return
-    _show_device(measured)
+    _say(terminal.device_text(measured))
     _say(f"\nWrote {output}")
 
 
@@ -169,40 +131,6 @@ def _thread_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _show_device(device: Any) -> None:
-    from edgeflex.units import format_bytes, format_time
-
-    _say(f"{device.title}  ({device.name}, {device.origin})")
-    rows = []
-
-    def add(what: str, figure: Any, shown: str) -> None:
-        spread = f"±{figure.spread * 50:.0f} %" if figure.spread is not None else ""
-        rows.append((what, shown, spread, figure.source))
-
-    for tier in device.tiers:
-        if tier.capacity_bytes:
-            add(f"{tier.tier.value} memory", tier.capacity_bytes, format_bytes(tier.capacity_bytes.value))
-        if tier.read_bytes_per_s:
-            add(f"{tier.tier.value} read", tier.read_bytes_per_s, f"{tier.read_bytes_per_s.value / 1e9:.1f} GB/s")
-        if tier.read_one_thread_bytes_per_s:
-            one = tier.read_one_thread_bytes_per_s
-            add(f"{tier.tier.value} read, 1 thread", one, f"{one.value / 1e9:.1f} GB/s")
-    for rate in device.compute:
-        sparse = ", sparse" if rate.sparse else ""
-        add(f"{rate.engine} {rate.precision}{sparse}", rate.ops_per_s, f"{rate.ops_per_s.value / 1e12:.1f} Tops/s")
-    for read in device.storage:
-        name = f"storage {read.pattern} {format_bytes(read.block_bytes)}, depth {read.queue_depth}"
-        add(name, read.bytes_per_s, f"{read.bytes_per_s.value / 1e6:.0f} MB/s")
-    for name, figure in (("call", device.call_s), ("delegate", device.delegate_s)):
-        if figure:
-            add(name, figure, format_time(figure.value))
-    _table("", ("figure", "value", "spread", "source"), rows)
-    if device.kernels:
-        _say(f"{len(device.kernels)} kernel times")
-    for note in device.notes:
-        _say(f"note: {note}")
-
-
 @devices_app.callback()
 def devices(context: typer.Context, *, as_json: Json = False) -> None:
     """List the shipped device profiles."""
@@ -213,7 +141,7 @@ def devices(context: typer.Context, *, as_json: Json = False) -> None:
     if as_json:
         _print_json({"devices": [load(name).model_dump(mode="json") for name in names()]})
         return
-    _table("", ("name", "device"), [(name, load(name).title) for name in names()])
+    _say(terminal.table_text("", ("name", "device"), [(name, load(name).title) for name in names()]))
     _say("\nEvery figure with its source: edgeflex devices show NAME")
 
 
@@ -226,7 +154,7 @@ def devices_show(name: str, *, as_json: Json = False) -> None:
     if as_json:
         _print_json(device)
         return
-    _show_device(device)
+    _say(terminal.device_text(device))
 
 
 @app.command()
@@ -241,7 +169,6 @@ def inspect(
     """Show a model's layers and the stages after which it can exit."""
     from edgeflex import flow
     from edgeflex.files import write_atomic
-    from edgeflex.units import format_bytes
 
     graph, found = flow.inspect(model, weights, input_size=input_size)
     if output is not None:
@@ -249,20 +176,7 @@ def inspect(
     if as_json:
         _print_json(graph)
         return
-    weights_bytes = 4 * sum(layer.shape.weight_count for layer in graph.layers)
-    macs = sum(layer.shape.macs for layer in graph.layers)
-    _say(
-        f"{graph.name}: {len(graph.layers)} layers, {graph.segment_count} segments, {len(graph.exits)} exits, "
-        f"{format_bytes(weights_bytes)} of fp32 weights, {macs / 1e6:.1f} M multiply-accumulates"
-    )
-    if found:
-        rows = [(one.name, f"{one.mac_share * 100:.1f} %", "x".join(map(str, one.output_shape))) for one in found]
-        _table("Stages that an exit can follow", ("stage", "share of work", "output"), rows)
-    else:
-        rows = [
-            (one.name, one.shape.kind.value, str(one.segment), f"{one.shape.macs / 1e6:.2f} M") for one in graph.layers
-        ]
-        _table("Layers", ("layer", "kind", "segment", "MACs"), rows)
+    _say(terminal.graph_text(graph, found))
 
 
 @app.command("fit-exits")
@@ -305,25 +219,11 @@ def fit_exits(
         overwrite=overwrite,
         progress=_progress(quiet=quiet),
     )
-    report = fitted.recipe.report
     if as_json:
         _print_json(fitted.recipe)
         return
-    if report is not None:
-        rows = [
-            (
-                one.name,
-                one.stage or "end",
-                f"{one.accuracy * 100:.2f} %",
-                f"{one.ece * 100:.2f} %",
-                f"{one.share * 100:.1f} %",
-                "-" if one.accuracy_of_leavers is None else f"{one.accuracy_of_leavers * 100:.2f} %",
-                f"{one.temperature:.2f}",
-            )
-            for one in report.exits
-        ]
-        columns = ("exit", "after", "accuracy", "ECE", "leave", "their accuracy", "temperature")
-        _table(f"On {report.held_out_images} held-out images", columns, rows)
+    if fitted.recipe.report is not None:
+        _say(terminal.fit_text(fitted.recipe.report))
     _say(f"\nWrote {output}. Next: edgeflex calibrate --model {output} --data IMAGES")
 
 
@@ -358,19 +258,8 @@ def calibrate(
     if as_json:
         _print_json(found)
         return
-    rows = [
-        (one.mix, f"{one.accuracy * 100:.2f} %", str(len(one.scenarios)), _precision_counts(one.choices))
-        for one in found.candidates
-    ]
-    _table("Measured mixes, on the images kept for choosing", ("mix", "accuracy", "policies", "precisions"), rows)
+    _say(terminal.mixes_text(found))
     _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2MiB --max-drop 2%")
-
-
-def _precision_counts(choices: Sequence[Any]) -> str:
-    counts: dict[str, int] = {}
-    for choice in choices:
-        counts[choice.option] = counts.get(choice.option, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def _budget(
@@ -458,99 +347,32 @@ def plan(
 
     budget = _budget(memory, latency or (), max_drop, confidence, minimize, disk)
     if table is not None:
-        _show_solution(flow.solve_table(table, budget), as_json=as_json)
+        solution = flow.solve_table(table, budget)
+        _result(solution, terminal.solution_text, as_json=as_json)
         return
     if calibration is None:
         raise InputError("plan needs the folder that edgeflex calibrate wrote, or --table FILE. Name one.")
     target = None if device is None else _device(device)
     if sweep or plot is not None:
-        _show_curve(flow.sweep(calibration, budget), plot, as_json=as_json)
+        _curve(flow.sweep(calibration, budget), plot, as_json=as_json)
         return
     made = flow.plan(calibration, budget, device=target)
     write_atomic(output, made.canonical_json())
     if as_json:
         _print_json(made)
         return
-    _show_plan(made)
+    _say(terminal.plan_text(made))
     _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
 
 
-def _proof_line(proof: Proof) -> str:
-    return (
-        f"Proof: {proof.status}, objective {proof.objective:.6g}, bound {proof.bound:.6g}, gap {proof.gap * 100:.3g} % "
-        f"({proof.solver}, {proof.scenarios_solved} of {proof.scenarios} scenarios solved, {proof.wall_s:.2f} s)"
-    )
-
-
-def _show_solution(solution: Solution, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(solution)
-        return
-    _table("Choices", ("decision", "option"), [(one.subject, one.option) for one in solution.choices])
-    _say(f"Scenario {solution.scenario}\n{_proof_line(solution.proof)}")
-
-
-def _show_curve(curve: Any, plot: Path | None, *, as_json: bool) -> None:
-    from edgeflex.units import format_bytes, format_time
-
+def _curve(curve: Curve, plot: Path | None, *, as_json: bool) -> None:
     if plot is not None:
         from edgeflex.reports import save_curve
 
         save_curve(curve, plot)
-    if as_json:
-        _print_json(curve)
-        return
-    rows = [
-        (one.label, format_time(one.latency_s), format_bytes(one.memory_bytes), f"{one.drop * 100:.2f} %")
-        for one in (*curve.points, *curve.baselines)
-    ]
-    _table("Measured plans that no other beats, and full-depth baselines", ("mix", "latency", "memory", "drop"), rows)
-    if plot is not None:
+    _result(curve, terminal.curve_text, as_json=as_json)
+    if plot is not None and not as_json:
         _say(f"\nWrote {plot}")
-
-
-def _show_plan(made: Plan) -> None:
-    from edgeflex.units import format_bytes, format_share, format_time
-
-    predicted = made.predicted
-    rows = [
-        (f"latency {name}", format_time(span.value), f"{format_time(span.low)} to {format_time(span.high)}")
-        for name, span in made.latency_interval_s.items()
-    ]
-    memory = made.memory
-    parts = (
-        f"weights {format_bytes(memory.weights_bytes)}, activations {format_bytes(memory.activation_bytes)}, "
-        f"overhead {format_bytes(memory.overhead_bytes)}"
-    )
-    rows += [
-        ("memory", format_bytes(memory.model_bytes), parts),
-        ("file", f"{predicted.disk_bytes} B", "exact"),
-        ("drop", format_share(predicted.loss), "on the images it was chosen on"),
-    ]
-    _table(f"{made.name} on {made.backend}", ("promise", "value", "range"), rows)
-    shares = [
-        (str(index), "end" if threshold is None and index == len(made.thresholds) - 1 else _threshold(threshold), share)
-        for index, (threshold, share) in enumerate(
-            zip(made.thresholds, (format_share(one, 1) for one in made.exit_shares), strict=True)
-        )
-    ]
-    _table("\nExits", ("exit", "threshold", "leave here"), shares)
-    _table("\nPrecisions", ("layer", "precision"), [(one.subject, one.option) for one in made.choices])
-    _say(f"\n{_proof_line(made.proof)}")
-    certificate = made.certificate
-    if certificate is not None:
-        _say(
-            f"Accuracy promise: drop at most {format_share(certificate.drop_limit)} with "
-            f"{format_share(certificate.confidence, 0)} confidence, by {certificate.test} on {certificate.samples} "
-            f"images that chose nothing (seen there: {format_share(certificate.drop)}, upper bound "
-            f"{format_share(certificate.drop_upper_bound)})"
-        )
-    for note in made.notes:
-        _say(f"note: {note}")
-
-
-def _threshold(threshold: float | None) -> str:
-    return "never" if threshold is None else f"{threshold:.4f}"
 
 
 @app.command()
@@ -576,7 +398,8 @@ def export(
         _print_json(bundle.manifest)
         return
     rows = [(one.path, one.role, format_bytes(one.size_bytes), one.sha256[:16]) for one in bundle.manifest.files]
-    _table(f"{len(bundle.manifest.layer_precisions)} layers held as planned", ("file", "role", "size", "sha256"), rows)
+    title = f"{len(bundle.manifest.layer_precisions)} layers held as planned"
+    _say(terminal.table_text(title, ("file", "role", "size", "sha256"), rows))
     _say(f"\nWrote {output}. Next: edgeflex bench {output} --data IMAGES")
 
 
@@ -601,35 +424,8 @@ def run(
     if as_json:
         _print_json(stats)
         return
-    _show_run(stats)
+    _say(terminal.run_text(stats))
     _say(f"\nWrote {output}")
-
-
-def _show_run(stats: Any) -> None:
-    from edgeflex.units import format_time
-
-    requests = stats.requests
-    labelled = [one for one in requests if one.label is not None]
-    mean_s = sum(one.latency_s for one in requests) / len(requests)
-    exits: dict[int, int] = {}
-    for one in requests:
-        exits[one.exit] = exits.get(one.exit, 0) + 1
-    rows = [("images", str(len(requests))), ("mean latency", format_time(mean_s))]
-    if labelled:
-        right = sum(one.prediction == one.label for one in labelled)
-        rows.append(("accuracy", f"{right / len(labelled) * 100:.2f} %"))
-    rows += [
-        (f"left at exit {index}", f"{count / len(requests) * 100:.1f} %") for index, count in sorted(exits.items())
-    ]
-    _table("", ("figure", "value"), rows)
-
-
-def _show_checks(checks: Sequence[Any]) -> bool:
-    from edgeflex.reports.summary import row
-
-    rows = [row(check, budget=check.limit is not None) for check in checks]
-    _table("", ("promise", "limit", "promised", "measured", "verdict"), rows)
-    return all(check.ok for check in checks)
 
 
 def _end_with(*, kept: bool) -> None:
@@ -658,7 +454,7 @@ def bench(
     if as_json:
         _print_json(result)
     else:
-        _show_checks(result.checks)
+        _say(terminal.checks_text(result.checks))
         _say(f"\nWrote {output}")
     _end_with(kept=all(check.ok for check in result.checks if check.limit is not None))
 
@@ -686,7 +482,7 @@ def verify(
     if as_json:
         _print_json(result)
     else:
-        _show_checks(result.checks)
+        _say(terminal.checks_text(result.checks))
         _say(f"\n{result.images} images, {result.skipped_seen} left out because they chose something\nWrote {output}")
     _end_with(kept=all(check.ok for check in result.checks))
 
@@ -719,14 +515,8 @@ def report(
     if as_json:
         _print_json(built)
         return
-    _show_report(built)
+    _say(terminal.report_text(built))
     _say(f"\nWrote {output}")
-
-
-def _show_report(built: Any) -> None:
-    from edgeflex.reports import summary_rows
-
-    _table("", ("promise", "limit", "promised", "measured", "verdict"), summary_rows(built))
 
 
 @app.command()
@@ -745,7 +535,7 @@ def quickstart(
     if as_json:
         _print_json(built)
         return
-    _show_report(built)
+    _say(terminal.report_text(built))
     _say(f"\nThe report: {page}")
 
 
@@ -757,10 +547,53 @@ def _fail(error: EdgeflexError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+@contextmanager
+def _native_chatter_aside() -> Iterator[Path]:
+    """Send what native libraries write to standard error to a log; our own lines still reach the terminal.
+
+    ExecuTorch's C++ side prints processor notes at every start, below Python's reach.
+    """
+    import os
+    import tempfile
+
+    log = Path(tempfile.gettempdir()) / f"edgeflex-native-{os.getuid() if hasattr(os, 'getuid') else 0}.log"
+    try:
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError:
+        yield log
+        return
+    terminal = os.dup(2)
+    sys.stderr.flush()
+    os.dup2(sink, 2)
+    os.close(sink)
+    python_stderr = sys.stderr
+    sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
+    try:
+        yield log
+    finally:
+        sys.stderr.flush()
+        sys.stderr = python_stderr
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def _quiet_libraries() -> None:
+    """Keep the notices of torch and its kin to the log level that users asked for: errors."""
+    import logging
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command line; the console script's entry."""
+    _quiet_libraries()
     try:
-        app()
+        with _native_chatter_aside():
+            app()
     except EdgeflexError as error:
         _fail(error)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from importlib.metadata import version
@@ -254,9 +255,13 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evalua
             path.write_bytes(program)
             session = ExecutorchSession(path, segment_programs(prepared, model.graph), threads=threads)
             sample = images.load(indices[:_TIMING_IMAGES], _preprocessing(model))
+            never = (None,) * session.segment_count
+            with session:  # a rehearsal pays what a process pays once
+                session.infer(sample[:1], never)
+            gc.collect()
             before = memory_now()
             with session:
-                session.infer(sample[:1], (None,) * session.segment_count)
+                session.infer(sample[:1], never)
                 memory_bytes = memory_now().above(before)
                 outputs = all_exits(session, batches(indices))
                 seconds = segment_seconds(session, sample)
@@ -328,7 +333,7 @@ def calibrate(
         shutil.rmtree(out)
     folder = store.Calibration.create(out, meta)
     if not folder.has("labels.npy"):
-        folder.write_split(split(images, meta.shares, seed), images.labels)
+        folder.write_split(split(images, meta.shares, seed), images.labels, seed)
     write_atomic(out / "graph.json", _pretty(model.graph))
     _keep_samples(folder, images, model)
     capabilities = EXPORTERS.row(BACKEND).capabilities
@@ -444,11 +449,27 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
         solution = solve(table, budget.model_copy(update={"max_drop": None}))
     if chosen is None:
         raise _unmeasured(table, candidates, budget)
+    chosen = _with_safety(chosen, folder, budget, candidates)
     scenario, certificate = choose.certified(chosen, budget, _paired_losses(folder, chosen.candidate.mix))
     made = _plan_document(chosen, scenario, budget, graph, solution, candidates, folder)
     made = made.model_copy(update={"certificate": certificate, "notes": (*made.notes, *notes), "threads": threads})
     check_plan(chosen.table, made)
     return made
+
+
+def _with_safety(chosen: Any, folder: Calibration, budget: Budget, candidates: Candidates) -> Any:
+    """Return the pick with a path of ever more careful thresholds before it, judged on the choosing images."""
+    from edgeflex.costs.policies import exit_outputs, judge, safety_path
+    from edgeflex.costs.table import scenario_of
+    from edgeflex.plans import choose
+
+    outputs = exit_outputs(folder.mix(chosen.candidate.mix).choose, folder.labels("choose"))
+    block_s = chosen.costs.block_latency_s
+    path = [
+        scenario_of(judge(outputs, thresholds, block_s), 1.0 - candidates.reference_accuracy, f"careful {index}")
+        for index, thresholds in enumerate(safety_path(chosen.chain[0].thresholds[:-1]))
+    ]
+    return choose.lengthened(chosen, path, budget)
 
 
 def _unmeasured(table: CostTable, candidates: Candidates, budget: Budget) -> InfeasibleError:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 _MODEL = "zoo:digits-cnn"
 _STAGES = 3
 _MIXES = 4
-_MEMORY_SHARE = 0.5
 _LATENCY_SHARE = 0.6
 _MAX_DROP = 0.05
 
@@ -34,15 +33,17 @@ def _train(folder: Path, progress: Progress) -> None:
 
 
 def _budget(calibration: Path) -> Budget:
-    """Return budgets that full depth in fp32 breaks: half its memory, 0.6 of its time."""
+    """Return budgets that full depth in fp32 breaks: 0.6 of its time, and memory halfway to the least."""
     from edgeflex.costs.store import mix_digest
     from edgeflex.plans import choose
 
     _, _, _, table, candidates = flow.open_calibration(calibration)
-    full = next(one for one in candidates.candidates if one.mix == mix_digest({}))
-    baseline = choose.static_points(table, [full], candidates.reference_accuracy)[0]
+    points = choose.static_points(table, candidates.candidates, candidates.reference_accuracy)
+    by_mix = dict(zip((one.mix for one in candidates.candidates), points, strict=True))
+    baseline = by_mix[mix_digest({})]
+    least_bytes = min(point.memory_bytes for point in points)
     return Budget(
-        memory_bytes={Tier.HOST: round(_MEMORY_SHARE * baseline.memory_bytes)},
+        memory_bytes={Tier.HOST: (baseline.memory_bytes + least_bytes) // 2},
         latency=(LatencyLimit(limit_s=_LATENCY_SHARE * baseline.latency_s, statistic="mean"),),
         max_drop=_MAX_DROP,
         minimize="latency",
@@ -61,9 +62,7 @@ def walk(folder: Path, *, progress: Progress) -> tuple[Any, Path]:
     with staged_folder(folder, overwrite=ours) as staging:
         write_atomic(staging / "quickstart.txt", "Written by `edgeflex quickstart`; replaced by the next.\n")
         _train(staging, progress)
-        digits, model, calibration, bundle = (
-            staging / name for name in ("digits", "model", "calibration", "bundle")
-        )
+        digits, model, calibration, bundle = (staging / name for name in ("digits", "model", "calibration", "bundle"))
         device = flow.profile(staging / "device.json", quick=True, progress=progress)
         flow.fit_exits(
             _MODEL,

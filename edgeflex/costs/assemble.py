@@ -71,7 +71,7 @@ def uniform_mixes(graph: ModelGraph, options: Mapping[str, Sequence[Precision]])
 def random_mix(graph: ModelGraph, options: Mapping[str, Sequence[Precision]], seed: int) -> Precisions:
     """Return a mix drawn uniformly, layer by layer; it tells the latency fit what conversions cost."""
     rng = np.random.default_rng(seed)
-    return {layer.name: options[layer.name][rng.integers(len(options[layer.name]))] for layer in graph.layers}
+    return {layer.name: options[layer.name][int(rng.integers(len(options[layer.name])))] for layer in graph.layers}
 
 
 def mix_of(choices: Sequence[Choice]) -> Precisions:

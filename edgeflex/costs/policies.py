@@ -209,6 +209,15 @@ def anchored(outputs: ExitOutputs, reach: Sequence[float]) -> Thresholds:
     return tuple(thresholds)
 
 
+def safety_path(thresholds: Thresholds, steps: int = 8) -> tuple[Thresholds, ...]:
+    """Return thresholds that lead from full depth to nearly ``thresholds``, each step bolder than the last."""
+    path: list[Thresholds] = [(None,) * len(thresholds)]
+    for step in range(steps):
+        caution = 1.0 - (step + 1) / (steps + 1)
+        path.append(tuple(None if one is None else one + (1.0 - one) * caution for one in thresholds))
+    return tuple(path)
+
+
 def paired_losses(
     outputs: ExitOutputs, reference: ExitOutputs, thresholds: Sequence[Thresholds]
 ) -> NDArray[np.float64]:

@@ -138,10 +138,15 @@ class Calibration:
         mixes = ",".join(path.stem for path in sorted((self.folder / "mixes").glob("*.json")))
         return hashlib.sha256((self.meta.canonical_json() + mixes).encode()).hexdigest()
 
-    def write_split(self, split: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64]) -> None:
-        """Keep which image serves what, with all labels [images]."""
+    def write_split(self, split: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64], seed: int) -> None:
+        """Keep which image serves what, with all labels [images], each part in an order drawn from ``seed``.
+
+        Folders are sorted by class; the certificate needs an order that knows nothing of the images, and the
+        first few hundred of a part must be a fair sample of it.
+        """
+        order = np.random.default_rng(seed)
         for part, indices in split.items():
-            save_array(self.folder / f"{part}.npy", indices)
+            save_array(self.folder / f"{part}.npy", order.permutation(indices))
         save_array(self.folder / "labels.npy", labels)
 
     def part(self, name: str) -> NDArray[np.int64]:

@@ -60,11 +60,14 @@ def footprint(table: CostTable, scenario_index: int, choices: Sequence[Choice]) 
 
 def shortfalls(counted: Footprint, budget: Budget) -> dict[str, tuple[float, float]]:
     """Return each limit that ``counted`` breaks: name to (limit, value), in bytes, seconds or a share."""
-    rows: list[tuple[str, float, float, bool]] = []
-    for tier, most in budget.memory_bytes.items():
-        rows.append((f"memory {tier.value}", most, counted.memory_bytes.get(tier, 0), True))
-    for limit in budget.latency:
-        rows.append((f"latency {limit.statistic}", limit.limit_s, counted.latency_s[limit.statistic], False))
+    rows: list[tuple[str, float, float, bool]] = [
+        (f"memory {tier.value}", most, counted.memory_bytes.get(tier, 0), True)
+        for tier, most in budget.memory_bytes.items()
+    ]
+    rows += [
+        (f"latency {limit.statistic}", limit.limit_s, counted.latency_s[limit.statistic], False)
+        for limit in budget.latency
+    ]
     if budget.disk_bytes is not None:
         rows.append(("disk", budget.disk_bytes, counted.disk_bytes, True))
     if budget.max_drop is not None:

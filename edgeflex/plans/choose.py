@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from edgeflex.errors import InfeasibleError
 from edgeflex.plans.audit import footprint
@@ -43,7 +43,7 @@ _MOST_TESTED = 24
 
 @dataclass(frozen=True)
 class Pick:
-    """A candidate with the scenario to ship, and the safer ones before it."""
+    """A candidate with the scenario to ship last in ``chain``, and safer ones before it."""
 
     candidate: Candidate
     costs: Footprint
@@ -101,8 +101,8 @@ def _objective(costs: Footprint, latency: Mapping[Statistic, float], drop: float
 def pick(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> Pick | None:
     """Return the best measured candidate within every budget, or None.
 
-    ``chain`` runs from the safest scenario to the one to ship: rising drop, falling objective, all within the
-    budgets; the last has the best objective whose drop on the choosing images is within ``max_drop``.
+    ``chain`` ends with the scenario of best objective whose drop on the choosing images is within ``max_drop``;
+    before it stand the slower scenarios of less drop, safest first, all within the other budgets.
     """
     best: Pick | None = None
     for candidate in candidates:
@@ -124,6 +124,17 @@ def pick(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> P
             chain = (*sorted(safer, key=lambda one: one.loss)[-_MOST_TESTED:], scenario)
             best = Pick(candidate, costs, chain, objective, own)
     return best
+
+
+def lengthened(chosen: Pick, safer: Sequence[Scenario], budget: Budget) -> Pick:
+    """Return the pick with still safer scenarios before its chain, as far as they are within the budgets."""
+    fits = [
+        one
+        for one in safer
+        if _within(chosen.costs, latency_statistics(chosen.costs.block_latency_s, one.reach), budget)
+    ]
+    table = chosen.table.model_copy(update={"scenarios": (*chosen.table.scenarios, *fits)})
+    return Pick(chosen.candidate, chosen.costs, (*fits, *chosen.chain), chosen.objective, table)
 
 
 def certified(
@@ -166,7 +177,7 @@ def certified(
     )
 
 
-def _refuse(chosen: Pick, budget: Budget, matrix: NDArray[np.float64]) -> None:
+def _refuse(chosen: Pick, budget: Budget, matrix: NDArray[np.float64]) -> NoReturn:
     bounds = [upper_bound(row, budget.confidence) for row in matrix]
     least = min(bounds)
     limit = budget.max_drop or 0.0
@@ -255,12 +266,15 @@ def _label(candidate: Candidate) -> str:
 
 
 def restated(solution: Solution, objective: float) -> Proof:
-    """Return the solver's proof for what ships instead: the same bound, the shipped objective.
+    """Return the solver's proof for what ships instead: the table's bound, the shipped objective.
 
-    The bound is the table's: no combination of precisions and policies in the table does better by the
-    table's own additive losses.
+    The bound says that no combination of precisions and policies in the table does better by the table's own
+    additive losses. What ships was measured, with policies of its own, and may do better than the table
+    thought possible; then nothing is proven about it, and the bound given is its own objective.
     """
     proof = solution.proof
-    gap = max(0.0, (objective - proof.bound) / max(abs(objective), _TINY))
-    status = "optimal" if gap <= proof.tolerance and proof.status == "optimal" else "feasible"
-    return proof.model_copy(update={"objective": objective, "gap": gap, "status": status})
+    bound = min(proof.bound, objective)
+    gap = (objective - bound) / max(abs(objective), _TINY)
+    proven = proof.bound <= objective and gap <= proof.tolerance and proof.status == "optimal"
+    status: Literal["optimal", "feasible"] = "optimal" if proven else "feasible"
+    return proof.model_copy(update={"objective": objective, "bound": bound, "gap": gap, "status": status})

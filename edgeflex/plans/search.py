@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,13 @@ _FEW_PICKS = 1000  # picks up to which a core is smaller and solved less sharply
 _FEW_EXTRA = 60
 _FEW_GAP = 16.0
 _CORE_SHARE = 0.4  # of the time left
+_LARGE = 12_000  # variables above which closing the last 0.1 % can take HiGHS hours; the gap is told instead
+_LARGE_GAP = 1e-3
+_LARGE_CORE_S = 2.0
 _DOMINANCE_WIDTH = 64  # options of a pick up to which each is held against each
 _CUTS = 8  # plans that rounding let through, cut off one by one, before the budgets are tightened
+
+_STDOUT = threading.Lock()  # one solve at a time may hold the process's stdout
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ def _presolve(question: Question, scenario: int) -> _Instance | None:
     kept = np.flatnonzero(np.isfinite(table[0]))
     least = np.array([_least(program, row) for row in table]).reshape(len(table), program.picks)
     above = table[:, kept] - least[:, program.pick[kept]]
-    slack = most - least[1:].sum(axis=1)
+    slack = _whole_slack(question.limits, above[1:], most - least[1:].sum(axis=1))
     links = np.array([measure.links for _, measure in measures]).reshape(len(measures), len(objective.links))
     cost = np.concatenate([above[0], objective.links])
     unit = float(cost.max(initial=0.0)) or 1.0
@@ -222,6 +228,19 @@ def _presolve(question: Question, scenario: int) -> _Instance | None:
         measures=measures,
         objective=objective,
     )
+
+
+def _whole_slack(limits: Sequence[Limit], above: Floats, slack: Floats) -> Floats:
+    """Round the room of byte budgets down to what their options can fill: a multiple of their common divisor.
+
+    Experts of one shape come in few sizes; without this the relaxation spends bytes that no plan can.
+    """
+    slack = slack.copy()
+    for place, limit in enumerate(limits):
+        if limit.quantity.kind in {"memory", "disk"}:
+            divisor = int(np.gcd.reduce(above[place].astype(np.int64), initial=0))
+            slack[place] = math.floor(slack[place] / divisor) * divisor if divisor else slack[place]
+    return slack
 
 
 def _drop_heavy(program: Program, table: Floats, most: Floats) -> Floats | None:
@@ -385,8 +404,8 @@ def _solve_scenario(question: Question, scenario: int, relaxed: _Relaxed, state:
                 ended = False
                 break
             tight = _NOISE
-    if tight or not ended:
-        state.complete = state.complete and ended
+    # tightened budgets may hide a plan, so that finding none there rules nothing out
+    state.complete = state.complete and ended and not (tight and found is None)
     if found is not None and not tight:
         bound = _snap(bound, state.best.objective, instance.unit / relaxed.zoom)
     state.least_proven = min(state.least_proven, bound)
@@ -424,13 +443,17 @@ def _integer(relaxed: _Relaxed, state: _State, cuts: Sequence[Ints], tight: floa
     width = min(picks + (_FEW_EXTRA if few else _CORE_EXTRA), int(mask.sum()) - 1)
     core = mask & (relaxed.reduced <= np.partition(relaxed.reduced[mask], width)[width])
     core |= relaxed.x[: len(mask)] > 0
-    rough = replace(run, gap=gap * _FEW_GAP) if few else run
-    found, _, _ = rough.solve(core, _CORE_SHARE * state.clock.left_s, roof)
+    large = len(instance.kept) > _LARGE
+    enough = max(gap, _LARGE_GAP * abs(relaxed.bound) / instance.unit) if large else gap
+    core_s = _CORE_SHARE * state.clock.left_s
+    rough = replace(run, gap=gap * _FEW_GAP if few else gap)
+    found, _, _ = rough.solve(core, min(core_s, _LARGE_CORE_S) if large else core_s, roof)
     if found is None:
         return run.solve(mask, state.clock.left_s, roof)
     height = float(run.height(found))
-    if height - relaxed.least <= gap:
+    if height - relaxed.least <= enough:
         return found, relaxed.least, True
+    run = replace(run, gap=enough)
     mask = relaxed.reduced <= min(roof, height) - relaxed.least + _NOISE
     better, proven, ended = run.solve(mask, state.clock.left_s, min(roof, height))
     if better is None or run.height(better) > height:
@@ -440,22 +463,23 @@ def _integer(relaxed: _Relaxed, state: _State, cuts: Sequence[Ints], tight: floa
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Send what HiGHS prints to stderr: scipy cannot silence its repair notes, and stdout is the result's."""
+    """Drop what HiGHS's own code prints: scipy cannot silence its repair notes, and stdout is the result's."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # no stdout: nothing to protect
-        yield
-        return
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        if libc is not None:
-            libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+    with _STDOUT, open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a descriptor is needed, not a path
+        sys.stdout.flush()
+        try:
+            kept = os.dup(1)
+        except OSError:  # no stdout: nothing to protect
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            if libc is not None:
+                libc.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @dataclass(frozen=True)

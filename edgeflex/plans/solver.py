@@ -38,7 +38,8 @@ def solve(
 
     Costs add within a scenario, so each is a multiple-choice knapsack with several budgets; scenarios are
     searched best bound first, and those whose bound exceeds the best plan are never solved. The status is
-    ``optimal`` only when the proven gap is at most ``tolerance``.
+    ``optimal`` only when the proven gap is at most ``tolerance``. Above 12,000 variables left by presolve a
+    scenario's search ends at 0.1 %, and the plan is ``feasible`` with the gap that is proven.
 
     Args:
         table: Scenarios, decisions and options.

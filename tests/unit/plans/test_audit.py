@@ -89,7 +89,7 @@ def test_footprint_equals_the_sum_made_by_hand():
 )
 def test_a_percentile_counts_the_blocks_that_more_than_the_rest_reach(deep: float, expected: tuple[str, ...]):
     counted = footprint(table(scenarios=(scenario(1.0, deep),), fixed_latency_s=(1.0, 2.0)), 0, ())
-    slow = [name for name in ("p50", "p95", "p99", "worst") if counted.latency_s[name] == 3.0]  # type: ignore[index]
+    slow = [name for name in ("p50", "p95", "p99", "worst") if counted.latency_s[name] == 3.0]
     assert tuple(slow) == expected
 
 

@@ -1,0 +1,271 @@
+"""What people read in a terminal: results as text, progress as bars. Only ``cli`` prints the text.
+
+Every function returns text without a final line break. Tables fold their cells to the width of the
+terminal (``COLUMNS``); nothing is ever cut.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edgeflex.units import format_bytes, format_share, format_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from edgeflex.progress import Advance
+    from edgeflex.schema import Candidates, Check, Choice, Curve, DeviceProfile, ModelGraph, Plan, Proof, Solution
+
+
+class Bars:
+    """Progress bars on standard error; plain lines when that is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        """Show one bar while the block runs."""
+        from rich import progress
+
+        if not self.console.is_terminal:
+            self.note(f"{title} …")
+            yield lambda _count: None
+            return
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+        )
+        with progress.Progress(*columns, console=self.console, transient=True) as bars:
+            bar = bars.add_task(title, total=total)
+            yield lambda count: bars.advance(bar, count)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False, markup=False)
+
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as wide as the terminal allows; cells fold rather than be cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    for index, column in enumerate(columns):
+        shown.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    with console.capture() as capture:
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def device_text(device: DeviceProfile) -> str:
+    """Return every figure of a profile with its source."""
+    table = table_text("", ("figure", "value", "spread", "source"), _figure_rows(device))
+    lines = [f"{device.title}  ({device.name}, {device.origin})", table]
+    if device.kernels:
+        lines.append(f"{len(device.kernels)} kernel times")
+    return "\n".join([*lines, *(f"note: {note}" for note in device.notes)])
+
+
+def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
+    rows = []
+
+    def add(what: str, figure: Any, shown: str) -> None:
+        spread = f"±{figure.spread * 50:.0f} %" if figure.spread is not None else ""
+        rows.append((what, shown, spread, figure.source))
+
+    for tier in device.tiers:
+        if tier.capacity_bytes:
+            add(f"{tier.tier.value} memory", tier.capacity_bytes, format_bytes(tier.capacity_bytes.value))
+        if tier.read_bytes_per_s:
+            add(f"{tier.tier.value} read", tier.read_bytes_per_s, f"{tier.read_bytes_per_s.value / 1e9:.1f} GB/s")
+        if tier.read_one_thread_bytes_per_s:
+            one = tier.read_one_thread_bytes_per_s
+            add(f"{tier.tier.value} read, 1 thread", one, f"{one.value / 1e9:.1f} GB/s")
+    for rate in device.compute:
+        sparse = ", sparse" if rate.sparse else ""
+        add(f"{rate.engine} {rate.precision}{sparse}", rate.ops_per_s, f"{rate.ops_per_s.value / 1e12:.1f} Tops/s")
+    for read in device.storage:
+        name = f"storage {read.pattern} {format_bytes(read.block_bytes)}, depth {read.queue_depth}"
+        add(name, read.bytes_per_s, f"{read.bytes_per_s.value / 1e6:.0f} MB/s")
+    for name, figure in (("call", device.call_s), ("delegate", device.delegate_s)):
+        if figure:
+            add(name, figure, format_time(figure.value))
+    return rows
+
+
+def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:
+    """Return a model's size and its layers, or the stages where it can be cut if there are any."""
+    weights_bytes = 4 * sum(layer.shape.weight_count for layer in graph.layers)
+    macs = sum(layer.shape.macs for layer in graph.layers)
+    head = (
+        f"{graph.name}: {len(graph.layers)} layers, {graph.segment_count} segments, {len(graph.exits)} exits, "
+        f"{format_bytes(weights_bytes)} of fp32 weights, {macs / 1e6:.1f} M multiply-accumulates"
+    )
+    if found:
+        rows = [(one.name, f"{one.mac_share * 100:.1f} %", "x".join(map(str, one.output_shape))) for one in found]
+        table = table_text("Stages that an exit can follow", ("stage", "share of work", "output"), rows)
+    else:
+        layers = [
+            (one.name, one.shape.kind.value, str(one.segment), f"{one.shape.macs / 1e6:.2f} M") for one in graph.layers
+        ]
+        table = table_text("Layers", ("layer", "kind", "segment", "MACs"), layers)
+    return f"{head}\n{table}"
+
+
+def fit_text(report: Any) -> str:
+    """Return how every fitted exit does on images that fitted nothing."""
+    rows = [
+        (
+            one.name,
+            one.stage or "end",
+            f"{one.accuracy * 100:.2f} %",
+            f"{one.ece * 100:.2f} %",
+            f"{one.share * 100:.1f} %",
+            "-" if one.accuracy_of_leavers is None else f"{one.accuracy_of_leavers * 100:.2f} %",
+            f"{one.temperature:.2f}",
+        )
+        for one in report.exits
+    ]
+    columns = ("exit", "after", "accuracy", "ECE", "leave", "their accuracy", "temperature")
+    return table_text(f"On {report.held_out_images} held-out images", columns, rows)
+
+
+def mixes_text(found: Candidates) -> str:
+    """Return the measured mixes of a calibration."""
+    rows = [
+        (one.mix, f"{one.accuracy * 100:.2f} %", str(len(one.scenarios)), _precision_counts(one.choices))
+        for one in found.candidates
+    ]
+    title = "Measured mixes, on the images kept for choosing"
+    return table_text(title, ("mix", "accuracy", "policies", "precisions"), rows)
+
+
+def _precision_counts(choices: Sequence[Choice]) -> str:
+    counts: dict[str, int] = {}
+    for choice in choices:
+        counts[choice.option] = counts.get(choice.option, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _proof_line(proof: Proof) -> str:
+    return (
+        f"Proof: {proof.status}, objective {proof.objective:.6g}, bound {proof.bound:.6g}, gap {proof.gap * 100:.3g} % "
+        f"({proof.solver}, {proof.scenarios_solved} of {proof.scenarios} scenarios solved, {proof.wall_s:.2f} s)"
+    )
+
+
+def solution_text(solution: Solution) -> str:
+    """Return a solved table's choices and proof."""
+    table = table_text("Choices", ("decision", "option"), [(one.subject, one.option) for one in solution.choices])
+    return f"{table}\nScenario {solution.scenario}\n{_proof_line(solution.proof)}"
+
+
+def curve_text(curve: Curve) -> str:
+    """Return the Pareto curve with its baselines."""
+    rows = [
+        (one.label, format_time(one.latency_s), format_bytes(one.memory_bytes), f"{one.drop * 100:.2f} %")
+        for one in (*curve.points, *curve.baselines)
+    ]
+    title = "Measured plans that no other beats, and full-depth baselines"
+    return table_text(title, ("mix", "latency", "memory", "drop"), rows)
+
+
+def plan_text(made: Plan) -> str:
+    """Return what a plan promises, its exits and precisions, its proof and its accuracy promise."""
+    parts = [
+        table_text(f"{made.name} on {made.backend}", ("promise", "value", "range"), _promise_rows(made)),
+        table_text("Exits", ("exit", "threshold", "leave here"), _exit_rows(made)),
+        table_text("Precisions", ("layer", "precision"), [(one.subject, one.option) for one in made.choices]),
+    ]
+    lines = [_proof_line(made.proof)]
+    certificate = made.certificate
+    if certificate is not None:
+        lines.append(
+            f"Accuracy promise: drop at most {format_share(certificate.drop_limit)} with "
+            f"{format_share(certificate.confidence, 0)} confidence, by {certificate.test} on {certificate.samples} "
+            f"images that chose nothing (seen there: {format_share(certificate.drop)}, upper bound "
+            f"{format_share(certificate.drop_upper_bound)})"
+        )
+    lines += [f"note: {note}" for note in made.notes]
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _promise_rows(made: Plan) -> list[tuple[str, str, str]]:
+    memory = made.memory
+    parts = (
+        f"weights {format_bytes(memory.weights_bytes)}, activations {format_bytes(memory.activation_bytes)}, "
+        f"overhead {format_bytes(memory.overhead_bytes)}"
+    )
+    return [
+        *(
+            (f"latency {name}", format_time(span.value), f"{format_time(span.low)} to {format_time(span.high)}")
+            for name, span in made.latency_interval_s.items()
+        ),
+        ("memory", format_bytes(memory.model_bytes), parts),
+        ("file", f"{made.predicted.disk_bytes} B", "exact"),
+        ("drop", format_share(made.predicted.loss), "on the images it was chosen on"),
+    ]
+
+
+def _exit_rows(made: Plan) -> list[tuple[str, str, str]]:
+    last = len(made.thresholds) - 1
+    return [
+        (str(index), "end" if threshold is None and index == last else _threshold(threshold), format_share(share, 1))
+        for index, (threshold, share) in enumerate(zip(made.thresholds, made.exit_shares, strict=True))
+    ]
+
+
+def _threshold(threshold: float | None) -> str:
+    return "never" if threshold is None else f"{threshold:.4f}"
+
+
+def run_text(stats: Any) -> str:
+    """Return mean latency, accuracy where labels are known, and where images left."""
+    requests = stats.requests
+    labelled = [one for one in requests if one.label is not None]
+    mean_s = sum(one.latency_s for one in requests) / len(requests)
+    exits: dict[int, int] = {}
+    for one in requests:
+        exits[one.exit] = exits.get(one.exit, 0) + 1
+    rows = [("images", str(len(requests))), ("mean latency", format_time(mean_s))]
+    if labelled:
+        right = sum(one.prediction == one.label for one in labelled)
+        rows.append(("accuracy", f"{right / len(labelled) * 100:.2f} %"))
+    rows += [
+        (f"left at exit {index}", f"{count / len(requests) * 100:.1f} %") for index, count in sorted(exits.items())
+    ]
+    return table_text("", ("figure", "value"), rows)
+
+
+_CHECK_COLUMNS = ("promise", "limit", "promised", "measured", "verdict")
+
+
+def checks_text(checks: Sequence[Check]) -> str:
+    """Return each promise beside its measurement."""
+    from edgeflex.reports.summary import row
+
+    return table_text("", _CHECK_COLUMNS, [row(check, budget=check.limit is not None) for check in checks])
+
+
+def report_text(built: Any) -> str:
+    """Return a report's table of promises."""
+    from edgeflex.reports import summary_rows
+
+    return table_text("", _CHECK_COLUMNS, summary_rows(built))
