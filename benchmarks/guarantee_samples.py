@@ -27,7 +27,7 @@ POWER = 0.8
 POWER_DRAWS = 100
 LEVEL_DRAWS = 400
 GROWTH = 1.15
-MOST_SIMULATED = 5_000  # images of a draw; for more the estimate stands, since it errs less the more there are
+MOST_SIMULATED = 8_000  # images of a draw; for more the estimate stands, since it errs less the more there are
 
 
 @dataclass(frozen=True)

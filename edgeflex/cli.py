@@ -5,22 +5,31 @@ Results go to standard output, progress and errors to standard error. ``--json``
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeflex import __version__, terminal
 from edgeflex.errors import EdgeflexError, InputError
+from edgeflex.files import explain_os_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
     from edgeflex.progress import Progress
-    from edgeflex.schema import Budget, Curve
+    from edgeflex.schema import Curve
+
+# As shells report them: 128 + SIGINT, 128 + SIGPIPE.
+_INTERRUPTED = 130
+_READER_GONE = 141
+_REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+# Some versions of typer carry click's classes under their own roof; this finds the one that they raise.
+_ParserError: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 bad input, 3 budget cannot be met or check failed, "
@@ -29,7 +38,6 @@ _EXIT_CODES = (
 app = typer.Typer(
     name="edgeflex",
     help=f"Dynamic models under memory and latency budgets, with proof.\n\n{_EXIT_CODES}",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -262,64 +270,6 @@ def calibrate(
     _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2MiB --max-drop 2%")
 
 
-def _budget(
-    memory: str | None,
-    latency: Sequence[str],
-    max_drop: str | None,
-    confidence: str,
-    minimize: str | None,
-    disk: str | None,
-) -> Budget:
-    """Return the budget that the options mean, all faults of them at once."""
-    from edgeflex.schema import Budget, LatencyLimit, Tier
-    from edgeflex.units import parse_share, parse_size_bytes, parse_time_s
-
-    faults: list[str] = []
-
-    def read(option: str, text: str | None, parse: Any) -> Any:
-        if text is None:
-            return None
-        try:
-            return parse(text)
-        except EdgeflexError as error:
-            faults.append(f"{option}: {error}")
-            return None
-
-    def limit(text: str) -> LatencyLimit:
-        seconds, _, statistic = text.partition(":")
-        known = ("mean", "p50", "p95", "p99", "worst")
-        if statistic and statistic not in known:
-            raise InputError(f"statistic {statistic!r} is unknown. Choose one of {', '.join(known)}.")
-        return LatencyLimit.model_validate({"limit_s": parse_time_s(seconds), "statistic": statistic or "mean"})
-
-    memory_bytes = read("--memory", memory, parse_size_bytes)
-    disk_bytes = read("--disk", disk, parse_size_bytes)
-    limits = [one for one in (read("--latency", text, limit) for text in latency) if one is not None]
-    drop = read("--max-drop", max_drop, parse_share)
-    level = read("--confidence", confidence, parse_share)
-    if level is not None and not 0 < level < 1:
-        faults.append(f"--confidence {confidence}: it must lie between 0 and 100 %, both excluded")
-    what, _, statistic = (minimize or "").partition(":")
-    if minimize is not None and what not in {"latency", "memory", "drop"}:
-        faults.append(f"--minimize {minimize!r} is unknown; choose latency, memory or drop")
-    if faults:
-        raise InputError.collect("the budget", faults)
-    if minimize is None:
-        free = [("latency", not limits), ("drop", drop is None), ("memory", memory_bytes is None)]
-        what = next((name for name, missing in free if missing), "drop")
-    return Budget.model_validate(
-        {
-            "memory_bytes": {} if memory_bytes is None else {Tier.HOST: memory_bytes},
-            "latency": limits,
-            "disk_bytes": disk_bytes,
-            "max_drop": drop,
-            "confidence": level,
-            "minimize": what,
-            "statistic": statistic or (limits[0].statistic if limits else "mean"),
-        }
-    )
-
-
 @app.command()
 def plan(
     calibration: Annotated[Path | None, typer.Argument(help="The folder that calibrate wrote.")] = None,
@@ -343,9 +293,12 @@ def plan(
 ) -> None:
     """Choose thresholds and precisions together under the budgets; nothing is measured here."""
     from edgeflex import flow
+    from edgeflex.budget import parse_budget
     from edgeflex.files import write_atomic
 
-    budget = _budget(memory, latency or (), max_drop, confidence, minimize, disk)
+    budget = parse_budget(
+        memory=memory, latency=latency or (), max_drop=max_drop, confidence=confidence, minimize=minimize, disk=disk
+    )
     if table is not None:
         solution = flow.solve_table(table, budget)
         _result(solution, terminal.solution_text, as_json=as_json)
@@ -539,66 +492,58 @@ def quickstart(
     _say(f"\nThe report: {page}")
 
 
-def _fail(error: EdgeflexError) -> NoReturn:
+def _fail(error: EdgeflexError) -> int:
+    """Say what went wrong, for machines too if they asked; return the exit code."""
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": str(error), **error.details()}
-        print(json.dumps({"schema_version": 1, **document}, sort_keys=True))
+        _print_json(document)
     sys.stderr.write(f"edgeflex: {error}\n")
-    raise SystemExit(error.exit_code)
+    return error.exit_code
 
 
-@contextmanager
-def _native_chatter_aside() -> Iterator[Path]:
-    """Send what native libraries write to standard error to a log; our own lines still reach the terminal.
+def _misuse(error: Exception) -> InputError:
+    """Return what the parser of the command line has to say as one of our errors, in one line."""
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    where = "edgeflex" if context is None else context.command_path
+    return InputError(f"{text.rstrip('.')}. See `{where} --help`.")
 
-    ExecuTorch's C++ side prints processor notes at every start, below Python's reach.
-    """
-    import os
-    import tempfile
 
-    log = Path(tempfile.gettempdir()) / f"edgeflex-native-{os.getuid() if hasattr(os, 'getuid') else 0}.log"
+def _run() -> int:
+    """Run the app and return its exit code, once every failure was said."""
     try:
-        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    except OSError:
-        yield log
-        return
-    terminal = os.dup(2)
-    sys.stderr.flush()
-    os.dup2(sink, 2)
-    os.close(sink)
-    python_stderr = sys.stderr
-    sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
-    try:
-        yield log
-    finally:
-        sys.stderr.flush()
-        sys.stderr = python_stderr
-        os.dup2(terminal, 2)
-        os.close(terminal)
-
-
-def _quiet_libraries() -> None:
-    """Keep the notices of torch and its kin to the log level that users asked for: errors."""
-    import logging
-    import warnings
-
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        with terminal.native_chatter_aside():
+            # Not standalone, so that a misused command line fails like everything else, also in JSON.
+            code = app(standalone_mode=False, prog_name="edgeflex")
+            sys.stdout.flush()
+    except EdgeflexError as error:
+        return _fail(error)
+    except _ParserError as error:
+        return _fail(_misuse(error))
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except SystemExit as leaving:  # what typer makes of a reader that went away
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        return _READER_GONE
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return _READER_GONE
+        if error.errno not in _REFUSED_BY_SYSTEM:
+            raise
+        return _fail(explain_os_error(error, Path(error.filename or "standard output")))
+    if code == _INTERRUPTED:
+        sys.stderr.write("edgeflex: interrupted. What was finished is kept; run the same command again to go on.\n")
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """Run the command line; the console script's entry."""
-    _quiet_libraries()
+    terminal.quiet_libraries()
+    code = _run()
     try:
-        with _native_chatter_aside():
-            app()
-    except EdgeflexError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("edgeflex: interrupted. What was finished is kept; run the same command again to go on.\n")
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # the reader of our output went away; there is nobody to tell
-        raise SystemExit(0) from None
+        sys.stdout.flush()
+    except OSError:
+        # Nobody can read the rest; the interpreter must not try again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(code)

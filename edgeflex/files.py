@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import DeviceError, EdgeflexError, InputError
@@ -24,24 +24,36 @@ _CHUNK_BYTES = 1 << 20
 def explain_os_error(error: OSError, path: Path) -> EdgeflexError:
     """Return the edgeflex error that says what the system said about ``path``."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free_bytes = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        return DeviceError(
-            f"{path}: the disk is full ({free_bytes} bytes free). Free some space or write elsewhere with -o."
-        )
+        return DeviceError(f"{path}: the disk is full{_free(path)}. Free some space or write elsewhere with -o.")
     reason = error.strerror or str(error)
     return InputError(f"{path}: {reason}. Check the path and its permissions.")
 
 
+def _free(path: Path) -> str:
+    """Return what is free where ``path`` would lie, as text, or nothing where the system does not say."""
+    for folder in path.absolute().parents:
+        with suppress(OSError):
+            return f" ({shutil.disk_usage(folder).free} bytes free in {folder})"
+    return ""
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write ``data`` to ``path`` so that readers see the old file or the whole new one.
+
+    A pipe or device, such as ``/dev/null``, is written to and not replaced.
 
     Raises:
         DeviceError: The disk is full.
         InputError: The path cannot be written.
     """
     raw = data.encode() if isinstance(data, str) else data
+    if path.is_dir():
+        raise InputError(f"output {str(path)!r} is a folder; a file is needed. Name another with -o.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(raw)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(raw)
@@ -51,7 +63,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         raise explain_os_error(error, path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # when the path itself is impossible, removing it fails like writing it did
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -81,32 +95,69 @@ def refuse_output(path: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that would lose something, before any work is done.
 
     Raises:
-        InputError: ``path`` is a file, or a non-empty folder without ``overwrite``.
+        InputError: ``path`` is a file, a non-empty folder without ``overwrite``, or one that holds the current
+            or the home folder, which even ``overwrite`` never replaces.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output {str(path)!r} is a file; a folder is needed. Name another with -o.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output {str(path)!r} is a file; a folder is needed. Name another with -o.")
+        filled = path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+    if not filled:
+        return
+    if not overwrite:
         raise InputError(f"output folder {str(path)!r} is not empty. Name another with -o or pass --overwrite.")
+    if any(place.resolve().is_relative_to(path.resolve()) for place in (path.cwd(), path.home())):
+        raise InputError(
+            f"output folder {str(path)!r} holds the current or the home folder and is not replaced, not even with "
+            "--overwrite. Name another with -o."
+        )
 
 
 @contextmanager
 def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to fill that becomes ``path`` only if the block ends well.
 
+    What was there before stays until the new folder stands in its place.
+
     Raises:
-        InputError: ``path`` is a file, or a non-empty folder without ``overwrite``.
+        InputError: ``refuse_output`` refuses ``path``, or it cannot be written.
         DeviceError: The disk is full.
     """
     refuse_output(path, overwrite=overwrite)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = path.resolve()
+    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    former = target.with_name(f".{target.name}.{os.getpid()}.former")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
-        if path.exists():
-            shutil.rmtree(path)
-        staging.replace(path)
+        _swap(staging, target, former)
     except OSError as error:
-        raise explain_os_error(error, path) from None
+        raise explain_os_error(error, _place_of(error, staging, path)) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, target: Path, former: Path) -> None:
+    """Put ``staging`` where ``target`` is; whatever happens, one whole folder stands there afterwards."""
+    if not target.exists():
+        staging.replace(target)
+        return
+    target.replace(former)
+    try:
+        staging.replace(target)
+    except BaseException:
+        if not target.exists():
+            former.replace(target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _place_of(error: OSError, staging: Path, path: Path) -> Path:
+    """Return the file that an error is about, in the words of the caller: below ``path``, not its staging."""
+    if not isinstance(error.filename, str):
+        return path
+    place = type(path)(error.filename)
+    return path / place.relative_to(staging) if place.is_relative_to(staging) else place

@@ -581,7 +581,10 @@ class SegmentProgram(Noun):
 
 
 class BundleManifest(Document):
-    """What is in the parcel, and what was promised about it."""
+    """What is in the parcel, and what was promised about it.
+
+    ``layer_losses`` is the accuracy that each layer's precision costs by the table's additive estimate.
+    """
 
     backend: str
     versions: Mapping[str, str]
@@ -591,6 +594,7 @@ class BundleManifest(Document):
     files: tuple[FileEntry, ...]
     tolerance: float
     layer_precisions: Mapping[str, Precision]
+    layer_losses: Mapping[str, float] = {}
     curve: Curve | None = None
 
 

@@ -1,12 +1,18 @@
 """What people read in a terminal: results as text, progress as bars. Only ``cli`` prints the text.
 
-Every function returns text without a final line break. Tables fold their cells to the width of the
+Functions named ``…_text`` return text without a final line break. Tables fold their cells to the width of the
 terminal (``COLUMNS``); nothing is ever cut.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import tempfile
+import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.units import format_bytes, format_share, format_time
@@ -269,3 +275,39 @@ def report_text(built: Any) -> str:
     from edgeflex.reports import summary_rows
 
     return table_text("", _CHECK_COLUMNS, summary_rows(built))
+
+
+@contextmanager
+def native_chatter_aside() -> Iterator[None]:
+    """Send what native libraries write to standard error to a log; our own lines still reach the terminal.
+
+    ExecuTorch's C++ side prints processor notes at every start, below Python's reach.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    log = Path(tempfile.gettempdir()) / f"edgeflex-native-{user}.log"
+    try:
+        terminal = os.dup(2)
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError:  # no standard error, or nowhere to put the log: everything stays where it was
+        yield
+        return
+    python_stderr = sys.stderr
+    python_stderr.flush()
+    os.dup2(sink, 2)
+    os.close(sink)
+    with os.fdopen(terminal, "w", buffering=1, errors="backslashreplace") as ours:
+        sys.stderr = ours
+        try:
+            yield
+        finally:
+            ours.flush()
+            sys.stderr = python_stderr
+            os.dup2(terminal, 2)
+
+
+def quiet_libraries() -> None:
+    """Keep the notices of torch and its kin to the log level that users asked for: errors."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ Times carry their unit (``8ms``); a bare number is refused, since it could be ei
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from edgeflex.errors import InputError
 
@@ -14,16 +15,18 @@ _SIZE = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _SIZE[f"{_letter}b"] = 1000**_power
     _SIZE[f"{_letter}ib"] = 1024**_power
-_TIME = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
-_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ%]*)\s*", re.IGNORECASE)
+_TIME = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_NUMBER = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([a-zµμ%]*)\s*", re.IGNORECASE)
+_MOST_BYTES = 2**63 - 1  # what a file or an address can hold
+_MOST_S = 1e9
 
 
-def _split(text: str, what: str, examples: str) -> tuple[float, str]:
+def _split(text: str, what: str, examples: str) -> tuple[Fraction, str]:
     match = _NUMBER.fullmatch(text)
     if match is None:
         msg = f"{what} {text!r} is not a number with a unit. Write it as {examples}."
         raise InputError(msg)
-    return float(match.group(1)), match.group(2).lower()
+    return Fraction(match.group(1).rstrip(".")), match.group(2).lower()
 
 
 def parse_size_bytes(text: str) -> int:
@@ -44,6 +47,9 @@ def parse_size_bytes(text: str) -> int:
     if size_bytes <= 0:
         msg = f"size {text!r} is {size_bytes} bytes; it must be at least 1. Write it as {examples}."
         raise InputError(msg)
+    if size_bytes > _MOST_BYTES:
+        msg = f"size {text!r} is more than {_MOST_BYTES} bytes, which nothing can hold. Write it as {examples}."
+        raise InputError(msg)
     return size_bytes
 
 
@@ -62,10 +68,11 @@ def parse_time_s(text: str) -> float:
         why = "has no unit" if not unit else f"has the unknown unit {unit!r}"
         msg = f"time {text!r} {why}. Write it as {examples}."
         raise InputError(msg)
-    if number <= 0:
-        msg = f"time {text!r} must be above zero. Write it as {examples}."
+    seconds = float(number) * _TIME[unit]
+    if not 0.0 < seconds <= _MOST_S:
+        msg = f"time {text!r} must be above zero and at most {_MOST_S:.0e} seconds. Write it as {examples}."
         raise InputError(msg)
-    return number * _TIME[unit]
+    return seconds
 
 
 def parse_share(text: str) -> float:
@@ -78,7 +85,7 @@ def parse_share(text: str) -> float:
     if unit not in {"", "%"}:
         msg = f"share {text!r} has the unknown unit {unit!r}. Write it as 1% or 0.01."
         raise InputError(msg)
-    share = number / 100.0 if unit == "%" else number
+    share = float(number / 100 if unit == "%" else number)
     if not 0.0 <= share <= 1.0:
         msg = f"share {text!r} lies outside 0 to 100 %. Write it as 1% or 0.01."
         raise InputError(msg)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -79,11 +81,13 @@ def dynamic(module: type[nn.Module], stages: tuple[str, ...] = (), size: int = 8
     return assemble(made, recipe)
 
 
+@cache
 def residual_model() -> DynamicModel:
     """Return the residual network with an exit after its block."""
     return dynamic(ResidualNet, ("block",))
 
 
+@cache
 def chain_model() -> DynamicModel:
     """Return the chain, one segment."""
     return dynamic(Chain)

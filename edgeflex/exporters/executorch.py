@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _KINDS = {
     "XNNDepthwiseConv2d": LayerKind.CONV2D,
     "XNNFullyConnected": LayerKind.LINEAR,
 }
+_NOT_FINITE = re.compile(r"(?<![\w\"])(?:inf|nan)(?![\w\"])")
+_JSON_NAMES = {"inf": "Infinity", "nan": "NaN"}
 
 
 @contextmanager
@@ -185,7 +188,9 @@ def _decompile(payload: bytes, folder: Path) -> Any:
     schema.write_bytes(_get_schema_bytes())
     binary.write_bytes(payload[start : start + header.flatbuffer_size])
     _flatc_decompile(str(folder), str(schema), str(binary), ["--raw-binary"])
-    return json.loads((folder / "graph.json").read_text())
+    # flatc writes C's inf and nan (the open end of a ReLU is inf); JSON readers know them by other names
+    text = _NOT_FINITE.sub(lambda found: _JSON_NAMES[found.group()], (folder / "graph.json").read_text())
+    return json.loads(text)
 
 
 def _stored_precision(weight: Mapping[str, Any], source: Mapping[str, Any]) -> Precision | None:

@@ -18,6 +18,7 @@ from edgeflex.schema import (
     Budget,
     Candidate,
     Certificate,
+    Choice,
     CostTable,
     CurvePoint,
     Footprint,
@@ -263,6 +264,18 @@ def static_points(table: CostTable, candidates: Sequence[Candidate], reference: 
 def _label(candidate: Candidate) -> str:
     names = sorted({choice.option for choice in candidate.choices})
     return f"full depth, {names[0]}" if len(names) == 1 else "full depth, " + " + ".join(names)
+
+
+def layer_losses(table: CostTable, choices: Sequence[Choice], reach: Sequence[float]) -> dict[str, float]:
+    """Return what each decision's option costs in the table's scenario whose reach is nearest to ``reach``."""
+    distances = [sum(abs(a - b) for a, b in zip(one.reach, reach, strict=True)) for one in table.scenarios]
+    nearest = distances.index(min(distances))
+    chosen = {choice.subject: choice.option for choice in choices}
+    found = {}
+    for decision in table.decisions:
+        loss = next(one.loss for one in decision.options if one.name == chosen[decision.subject])
+        found[decision.subject] = loss[nearest] if len(loss) > 1 else loss[0]
+    return found
 
 
 def restated(solution: Solution, objective: float) -> Proof:

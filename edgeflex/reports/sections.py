@@ -366,9 +366,9 @@ def layers_section(manifest: BundleManifest, table: CostTable | None) -> LayersS
 
 
 def _losses(manifest: BundleManifest, table: CostTable | None) -> dict[str, float]:
-    """Return the loss that the table names for each chosen option in the plan's scenario."""
+    """Return the loss of each chosen option: the table's in the plan's scenario, else what the bundle carries."""
     if table is None:
-        return {}
+        return dict(manifest.layer_losses)
     names = [scenario.name for scenario in table.scenarios]
     if manifest.plan.scenario.name not in names:
         msg = f"scenario {manifest.plan.scenario.name!r} is not in the cost table ({len(names)} scenarios). Plan again."

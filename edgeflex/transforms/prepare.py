@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Ranges = Mapping[str, tuple[float, float]]
 
 # Operations that XNNPACK also runs on int8, so that a chain of int8 layers is not broken by them.
-_ARITHMETIC = {operator.add, torch.add, operator.iadd, torch.cat}
+_ARITHMETIC = {operator.add, torch.add, operator.iadd}
+_JOINS = {torch.cat, torch.concat, torch.concatenate}
 _SAME_GRID = {
     torch.flatten,
     torch.reshape,
@@ -153,7 +154,7 @@ def _takes_int8(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Say whether an operation without weights has an int8 kernel."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _POOL_MODULES) or _keeps_grid(node, modules)
-    if node.op == "call_function" and (node.target in _ARITHMETIC or node.target in _POOLS):
+    if node.op == "call_function" and node.target in _ARITHMETIC | _POOLS | _JOINS:
         return True
     return _keeps_grid(node, modules)
 
@@ -172,10 +173,23 @@ def _int8_values(graph: fx.Graph, modules: Mapping[str, nn.Module], static: set[
             carried[_tail(node, modules)] = _tail(node, modules)
         elif node not in carried and _takes_int8(node, modules):
             inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
-            if inputs and all(source in carried for source in inputs):
+            if not inputs or not all(source in carried for source in inputs):
+                continue
+            if node.target in _JOINS:
+                _share_grid(carried, node, inputs)
+            else:
                 tail = node if _keeps_grid(node, modules) else _tail(node, modules)
                 carried[tail] = carried[inputs[0]] if _keeps_grid(node, modules) else tail
     return carried
+
+
+def _share_grid(carried: dict[fx.Node, fx.Node], join: fx.Node, inputs: list[fx.Node]) -> None:
+    """Put everything that a concatenation joins on its own grid: its kernel copies integers, whatever they mean."""
+    shared = {carried[source] for source in inputs}
+    carried[join] = join
+    for node, grid_of in carried.items():
+        if grid_of in shared:
+            carried[node] = join
 
 
 class _StaticRewrite:

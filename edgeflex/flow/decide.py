@@ -1,0 +1,205 @@
+"""The deciding part of the corridor: from a calibration folder and a budget to a plan. Nothing is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgeflex.errors import InfeasibleError, InputError
+from edgeflex.files import read_bytes
+from edgeflex.flow.measure import BACKEND
+from edgeflex.schema import (
+    Budget,
+    Candidates,
+    CostTable,
+    Curve,
+    CurvePoint,
+    DeviceProfile,
+    MemoryBreakdown,
+    ModelGraph,
+    Plan,
+    Scenario,
+    Solution,
+    Tier,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflex.costs.store import Calibration
+
+
+def open_calibration(folder: Path) -> tuple[Calibration, ModelGraph, DeviceProfile, CostTable, Candidates]:
+    """Return a finished calibration and its documents."""
+    from edgeflex.costs.store import Calibration
+
+    opened = Calibration.open(folder)
+    if not opened.has("candidates.json"):
+        raise InputError(f"the calibration in {str(folder)!r} is not finished. Run the same edgeflex calibrate again.")
+
+    def document(kind: Any, name: str) -> Any:
+        return kind.parse(read_bytes(folder / name, "calibration file"), str(folder / name))
+
+    return (
+        opened,
+        document(ModelGraph, "graph.json"),
+        document(DeviceProfile, "device.json"),
+        document(CostTable, "table.json"),
+        document(Candidates, "candidates.json"),
+    )
+
+
+def solve_table(table_file: Path, budget: Budget) -> Solution:
+    """Solve a saved cost table by itself and recount the answer."""
+    from edgeflex.plans import check, solve
+
+    table = CostTable.parse(read_bytes(table_file, "cost table"), str(table_file))
+    solution = solve(table, budget)
+    check(table, budget, solution)
+    return solution
+
+
+def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | None = None, threads: int = 1) -> Plan:
+    """Return the certified plan for a budget; nothing is measured."""
+    from edgeflex.costs import assemble
+    from edgeflex.plans import choose, solve
+    from edgeflex.plans.audit import check, check_plan
+    from edgeflex.registry import EXPORTERS
+
+    folder, graph, own, table, candidates = open_calibration(calibration_folder)
+    if device is not None and device.digest() != own.digest():
+        capabilities = EXPORTERS.row(BACKEND).capabilities
+        table, candidates = assemble.assemble(folder, graph, device, capabilities, threads=threads, here=False)
+    chosen = choose.pick(table, candidates.candidates, budget)
+    notes: list[str] = []
+    try:
+        solution = solve(table, budget)
+        check(table, budget, solution)
+    except InfeasibleError:
+        if chosen is None:
+            raise
+        notes.append("the additive loss model of the table is too pessimistic here; the drop was measured instead")
+        solution = solve(table, budget.model_copy(update={"max_drop": None}))
+    if chosen is None:
+        raise _unmeasured(table, candidates, budget)
+    chosen = _with_safety(chosen, folder, budget, candidates)
+    scenario, certificate = choose.certified(chosen, budget, _paired_losses(folder, chosen.candidate.mix))
+    made = _plan_document(chosen, scenario, budget, graph, solution, candidates, folder)
+    made = made.model_copy(update={"certificate": certificate, "notes": (*made.notes, *notes), "threads": threads})
+    check_plan(chosen.table, made)
+    return made
+
+
+def _with_safety(chosen: Any, folder: Calibration, budget: Budget, candidates: Candidates) -> Any:
+    """Return the pick with a path of ever more careful thresholds before it, judged on the choosing images."""
+    from edgeflex.costs.policies import exit_outputs, judge, safety_path
+    from edgeflex.costs.table import scenario_of
+    from edgeflex.plans import choose
+
+    outputs = exit_outputs(folder.mix(chosen.candidate.mix).choose, folder.labels("choose"))
+    block_s = chosen.costs.block_latency_s
+    path = [
+        scenario_of(judge(outputs, thresholds, block_s), 1.0 - candidates.reference_accuracy, f"careful {index}")
+        for index, thresholds in enumerate(safety_path(chosen.chain[0].thresholds[:-1]))
+    ]
+    return choose.lengthened(chosen, path, budget)
+
+
+def _unmeasured(table: CostTable, candidates: Candidates, budget: Budget) -> InfeasibleError:
+    from edgeflex.plans import choose
+
+    free = budget.model_copy(update={"max_drop": None})
+    nearest = choose.pick(table, candidates.candidates, free.model_copy(update={"minimize": "drop"}))
+    if nearest is None:
+        advice = "Calibrate with more --mixes, or loosen the budget"
+        return InfeasibleError(
+            f"no mix that was measured fits the budget, though the table knows one. {advice}.", relaxation=advice
+        )
+    least = nearest.chain[-1].loss
+    return InfeasibleError(
+        f"no measured mix fits: within the other budgets the least drop is {least * 100:.2f} %, the budget is "
+        f"{(budget.max_drop or 0) * 100:.2f} %. Pass --max-drop {least * 100 + 0.01:.2f}% or allow more latency.",
+        binding=("max drop",),
+        least={"max drop": least},
+        relaxation=f"--max-drop {least * 100 + 0.01:.2f}%",
+    )
+
+
+def _paired_losses(folder: Calibration, mix: str) -> Callable[[Sequence[Scenario]], NDArray[np.float64]]:
+    """Return the losses [scenarios, samples] of a mix against full-depth fp32, on the certify images."""
+    from edgeflex.costs.policies import exit_outputs, paired_losses
+    from edgeflex.costs.store import mix_digest
+
+    labels = folder.labels("certify")
+    outputs = exit_outputs(folder.mix(mix).certify, labels)
+    reference = exit_outputs(folder.mix(mix_digest({})).certify, labels)
+    return lambda scenarios: paired_losses(outputs, reference, [one.thresholds[:-1] for one in scenarios])
+
+
+def _plan_document(
+    chosen: Any,
+    scenario: Scenario,
+    budget: Budget,
+    graph: ModelGraph,
+    solution: Solution,
+    candidates: Candidates,
+    folder: Calibration,
+) -> Plan:
+    from edgeflex.plans import choose
+    from edgeflex.plans.audit import footprint
+
+    table = chosen.table
+    predicted = footprint(table, table.scenarios.index(scenario), chosen.candidate.choices)
+    fixed = table.fixed_memory_bytes.get(Tier.HOST, 0)
+    activations = min(fixed, 8 * max((edge.elements for edge in graph.edges), default=0))
+    return Plan(
+        name=graph.name,
+        backend=table.backend,
+        budget=budget,
+        scenario=scenario,
+        thresholds=scenario.thresholds,
+        choices=chosen.candidate.choices,
+        exit_shares=choose.exit_shares(scenario.reach),
+        predicted=predicted,
+        latency_interval_s=choose.latency_intervals(
+            predicted, scenario.reach, table.latency_relative_error, len(folder.part("choose"))
+        ),
+        memory=MemoryBreakdown(
+            weights_bytes=predicted.memory_bytes.get(Tier.HOST, 0) - fixed,
+            activation_bytes=activations,
+            overhead_bytes=fixed - activations,
+        ),
+        accuracy=candidates.reference_accuracy - scenario.loss,
+        reference_accuracy=candidates.reference_accuracy,
+        predicted_drop=scenario.loss,
+        proof=choose.restated(solution, choose.objective_of(predicted, budget)),
+        graph_digest=table.graph_digest,
+        table_digest=table.digest(),
+        device_digest=table.device_digest,
+        calibration_digest=table.calibration_digest,
+    )
+
+
+def sweep(calibration_folder: Path, budget: Budget, *, chosen: Plan | None = None) -> Curve:
+    """Return the non-dominated measured plans under the other budgets, with baselines beside them."""
+    from edgeflex.plans import choose
+
+    _, _, _, table, candidates = open_calibration(calibration_folder)
+    points = choose.curve_points(table, candidates.candidates, budget)
+    if chosen is not None:
+        points = (
+            *points,
+            CurvePoint(
+                label="this plan",
+                latency_s=chosen.predicted.latency_s[budget.statistic],
+                memory_bytes=sum(chosen.predicted.memory_bytes.values()),
+                drop=chosen.predicted.loss,
+                chosen=True,
+            ),
+        )
+    return Curve(
+        points=points, baselines=choose.static_points(table, candidates.candidates, candidates.reference_accuracy)
+    )

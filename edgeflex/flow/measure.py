@@ -1,0 +1,379 @@
+"""The measuring half of the corridor: profile, inspect, fit-exits, calibrate."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeflex.errors import InputError
+from edgeflex.files import write_atomic
+from edgeflex.progress import Progress, Silent
+from edgeflex.schema import (
+    Budget,
+    Candidates,
+    CostTable,
+    DeviceProfile,
+    Figure,
+    ModelGraph,
+    Precision,
+    Preprocessing,
+    Solution,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflex.costs.calibration import Evaluate
+    from edgeflex.costs.store import Calibration
+    from edgeflex.images import ImageFolder
+    from edgeflex.models import DynamicModel
+    from edgeflex.profiles.kernels import KernelJob
+    from edgeflex.transforms import PreparedModel
+
+BACKEND = "executorch"
+_KERNEL_SAMPLES = 15
+_TIMING_IMAGES = 32
+_SAMPLES = 2
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers."""
+    return {name: version(name) for name in ("edgeflex", "torch", "executorch", "torchao", "numpy", "scipy")}
+
+
+# --- profile -----------------------------------------------------------------------------------------
+
+
+def _kernel_runner() -> Callable[[KernelJob], Sequence[float]]:
+    """Return a function that times one layer through the exporter and the runtime themselves."""
+    from edgeflex.exporters.executorch import kernel_program
+    from edgeflex.runtimes.executorch import time_program
+
+    programs: dict[tuple[str, Precision], tuple[bytes, Any]] = {}
+
+    def run(job: KernelJob) -> Sequence[float]:
+        key = (job.shape.digest(), job.precision)
+        if key not in programs:
+            programs.clear()  # jobs of one kernel follow each other; keep only that one
+            programs[key] = kernel_program(job.shape, job.precision)
+        program, example = programs[key]
+        return time_program(program, [example], threads=job.threads, repeats=_KERNEL_SAMPLES)
+
+    return run
+
+
+def _call_cost() -> tuple[Figure, Figure]:
+    """Return the fixed seconds of a call, and of a delegate within it."""
+    from edgeflex.exporters.executorch import call_programs
+    from edgeflex.profiles.samples import summarise
+    from edgeflex.runtimes.executorch import time_program
+
+    empty, one, two = call_programs()
+    samples = [
+        time_program(program, [example], threads=1, repeats=_KERNEL_SAMPLES) for program, example in (empty, one, two)
+    ]
+    call = summarise(samples[0], "a program of one portable operation on one number")
+    delegate = summarise(
+        [max(1e-9, later - earlier) for earlier, later in zip(samples[1], samples[2], strict=True)],
+        "a program of two delegates less one of one",
+    )
+    return call, delegate
+
+
+def profile(
+    out: Path,
+    *,
+    quick: bool = False,
+    threads: Sequence[int] = (1,),
+    storage_folder: Path | None = None,
+    progress: Progress | None = None,
+) -> DeviceProfile:
+    """Measure this machine into ``out``; a killed run goes on where it stopped."""
+    from edgeflex.profiles import probe
+    from edgeflex.registry import EXPORTERS
+
+    journal = out.with_name(f"{out.name}.partial")
+    measured = probe.measure(
+        quick=quick,
+        threads=threads,
+        precisions=_profiled_precisions(EXPORTERS.row(BACKEND).capabilities.precisions),
+        run_kernel=_kernel_runner(),
+        call_cost=_call_cost,
+        backend=BACKEND,
+        versions=versions(),
+        storage_folder=storage_folder,
+        journal=journal,
+        progress=progress,
+    )
+    write_atomic(out, _pretty(measured))
+    journal.unlink(missing_ok=True)
+    return measured
+
+
+def _profiled_precisions(planned: Any) -> dict[Any, tuple[Precision, ...]]:
+    """Return what to time: what plans may use, and fp16 of linear layers for comparison."""
+    return {
+        kind: (*precisions, Precision.FP16) if kind.value == "linear" else tuple(precisions)
+        for kind, precisions in planned.items()
+    }
+
+
+def _pretty(document: Any) -> str:
+    return json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def _same_machine(device: DeviceProfile) -> bool:
+    """Say whether a profile was measured on a machine like this one."""
+    from edgeflex.profiles.machine import machine
+
+    facts = machine()
+    return device.origin == "measured" and device.cpu_model == facts.cpu_model and device.isa == facts.isa
+
+
+# --- inspect, fit-exits --------------------------------------------------------------------------------
+
+
+def _preprocessing_for(model: str, input_size: int | None) -> Preprocessing:
+    """Return how images become inputs: the zoo's own way, or ImageNet's constants at ``input_size``."""
+    if model.startswith("zoo:"):
+        from edgeflex.models import zoo
+
+        return zoo.preprocessing(model.removeprefix("zoo:"))
+    if input_size is None:
+        raise InputError(f"the input size of {model!r} is not known. Pass --input-size, for instance 224.")
+    # the constants of torchvision's ImageNet models, which most image backbones were trained with
+    return Preprocessing(height=input_size, width=input_size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def inspect(
+    model: str, weights: Path | None = None, *, classes: int | None = None, input_size: int | None = None
+) -> tuple[ModelGraph, Any]:
+    """Return the graph of a model, or of a folder that fit-exits wrote, and the stages where it can be cut."""
+    from edgeflex.models import graph_from_module, load_module, open_model, stages, trace
+
+    if ":" not in model and Path(model).is_dir():
+        return open_model(Path(model)).graph, ()
+    module = load_module(model, weights, classes=classes)
+    preprocessing = _preprocessing_for(model, input_size)
+    shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    graph = graph_from_module(module, source=model, input_shape=shape, preprocessing=preprocessing)
+    return graph, stages(trace(module, shape))
+
+
+def fit_exits(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    stage_names: Sequence[str] = (),
+    exits: int = 3,
+    head: str = "linear",
+    input_size: int | None = None,
+    seed: int = 0,
+    epochs: int = 60,
+    flip: bool = False,
+    tune_trunk_epochs: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DynamicModel:
+    """Train an exit after each stage and write the model folder; a killed run goes on where it stopped."""
+    import shutil
+
+    from edgeflex.files import refuse_output
+    from edgeflex.images import open_images
+    from edgeflex.models import HeadSpec, default_stages, load_module, save_model, stages, trace
+    from edgeflex.models.exits import fit_exits as fit
+
+    refuse_output(out, overwrite=overwrite)
+    images = open_images(data)
+    module = load_module(model, weights, classes=len(images.classes))
+    preprocessing = _preprocessing_for(model, input_size)
+    shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    names = tuple(stage_names) or default_stages(stages(trace(module, shape)), exits)
+    journal = out.with_name(f".{out.name}.fitting")
+    fitted = fit(
+        module,
+        names,
+        HeadSpec.model_validate({"kind": head}),
+        images,
+        preprocessing,
+        source=model,
+        seed=seed,
+        epochs=epochs,
+        flip=flip,
+        tune_trunk_epochs=tune_trunk_epochs,
+        progress=progress,
+        journal=journal,
+    )
+    save_model(fitted, out, overwrite=overwrite)
+    shutil.rmtree(journal, ignore_errors=True)
+    return fitted
+
+
+# --- calibrate ---------------------------------------------------------------------------------------
+
+
+def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evaluate:
+    """Return a function that exports a prepared model and runs it for real on images of the folder."""
+    from edgeflex.exporters.executorch import program_from_prepared, segment_programs
+    from edgeflex.runtimes.executorch import ExecutorchSession
+    from edgeflex.runtimes.recorder import memory_now
+    from edgeflex.runtimes.segments import all_exits, segment_seconds
+
+    def batches(indices: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(indices), 64):
+            yield images.load(indices[start : start + 64], _preprocessing(model))
+
+    def evaluate(
+        prepared: PreparedModel, indices: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], tuple[float, ...], int, int | None]:
+        program = program_from_prepared(prepared)
+        with tempfile.TemporaryDirectory(prefix="edgeflex-") as folder:
+            path = Path(folder) / "program.pte"
+            path.write_bytes(program)
+            session = ExecutorchSession(path, segment_programs(prepared, model.graph), threads=threads)
+            sample = images.load(indices[:_TIMING_IMAGES], _preprocessing(model))
+            never = (None,) * session.segment_count
+            with session:  # a rehearsal pays what a process pays once
+                session.infer(sample[:1], never)
+            gc.collect()
+            before = memory_now()
+            with session:
+                session.infer(sample[:1], never)
+                memory_bytes = memory_now().above(before)
+                outputs = all_exits(session, batches(indices))
+                seconds = segment_seconds(session, sample)
+        return outputs, seconds, len(program), memory_bytes
+
+    return evaluate
+
+
+def _preprocessing(model: DynamicModel) -> Any:
+    if model.graph.preprocessing is None:
+        raise InputError("the model has no preprocessing, so images cannot be loaded. Fit its exits again.")
+    return model.graph.preprocessing
+
+
+def _with_kernels(
+    device: DeviceProfile, graph: ModelGraph, options: Any, threads: int, journal: Path, progress: Progress
+) -> DeviceProfile:
+    """Return the profile with the kernels of this very model measured, where this is the machine."""
+    from edgeflex.profiles.kernels import KernelJob, measure_kernels
+
+    jobs = dict.fromkeys(
+        KernelJob(layer.shape, precision, threads) for layer in graph.layers for precision in options[layer.name]
+    )
+    kernels = measure_kernels(
+        tuple(jobs), run=_kernel_runner(), journal=journal, context=device.name, progress=progress
+    )
+    known = {(one.shape, one.precision, one.threads) for one in kernels}
+    kept = tuple(one for one in device.kernels if (one.shape, one.precision, one.threads) not in known)
+    return device.model_copy(update={"kernels": (*kernels, *kept)})
+
+
+def calibrate(
+    model_folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    device: DeviceProfile,
+    threads: int = 1,
+    seed: int = 0,
+    mixes: int = 8,
+    shares: dict[str, float] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Candidates:
+    """Measure what the model does in every precision and exit; resumable, cached by content.
+
+    Writes the calibration folder with ``graph.json``, ``device.json``, ``table.json`` and
+    ``candidates.json``, which are all that planning needs.
+    """
+    import shutil
+
+    from edgeflex.costs import assemble, calibration, store
+    from edgeflex.costs.table import layer_options
+    from edgeflex.images import open_images, split
+    from edgeflex.models import open_model
+    from edgeflex.registry import EXPORTERS
+
+    heard = progress or Silent()
+    model, images = open_model(model_folder), open_images(data)
+    _check_classes(model, images)
+    meta = store.CalibrationMeta(
+        weights_digest=model.graph.weights_digest,
+        images_digest=images.digest(),
+        seed=seed,
+        shares=shares or store.SHARES,
+        backend=BACKEND,
+    )
+    if overwrite and out.is_dir():
+        shutil.rmtree(out)
+    folder = store.Calibration.create(out, meta)
+    if not folder.has("labels.npy"):
+        folder.write_split(split(images, meta.shares, seed), images.labels, seed)
+    write_atomic(out / "graph.json", _pretty(model.graph))
+    _keep_samples(folder, images, model)
+    capabilities = EXPORTERS.row(BACKEND).capabilities
+    options = layer_options(model.graph, capabilities)
+    calibration.measure_ranges(folder, model, images)
+    here = _same_machine(device)
+    if here:
+        device = _with_kernels(device, model.graph, options, threads, out / "kernels.partial", heard)
+    write_atomic(out / "device.json", _pretty(device))
+    calibration.measure_sensitivity(folder, model, images, options, heard)
+    evaluate = _evaluator(model, images, threads)
+    uniform = assemble.uniform_mixes(model.graph, options)
+    mixed = [("random", assemble.random_mix(model.graph, options, seed + step)) for step in range(2)]
+    with heard.task("Running whole mixes", len(uniform) + len(mixed) + mixes) as advance:
+        for role, precisions in (*uniform, *mixed):
+            calibration.measure_mix(folder, model, precisions, evaluate, role)
+            advance(1)
+        table, _ = assemble.assemble(folder, model.graph, device, capabilities, threads=threads, here=here)
+        for solution in _frontier(table, mixes):
+            calibration.measure_mix(folder, model, assemble.mix_of(solution.choices), evaluate)
+            advance(1)
+    table, candidates = assemble.assemble(folder, model.graph, device, capabilities, threads=threads, here=here)
+    write_atomic(out / "table.json", table.canonical_json())
+    write_atomic(out / "candidates.json", candidates.canonical_json())
+    return candidates
+
+
+def _check_classes(model: DynamicModel, images: ImageFolder) -> None:
+    if model.graph.classes and tuple(model.graph.classes) != tuple(images.classes):
+        raise InputError(
+            f"the images have {len(images.classes)} classes ({', '.join(images.classes[:4])}, …), the model has "
+            f"{len(model.graph.classes)} ({', '.join(model.graph.classes[:4])}, …). Give images of the same classes."
+        )
+
+
+def _keep_samples(folder: Calibration, images: ImageFolder, model: DynamicModel) -> None:
+    """Keep two inputs whose outputs the bundle will carry, and the digests of every image that is used."""
+    import numpy as np
+
+    from edgeflex.costs.store import save_array
+
+    if folder.has("samples.npy") and folder.has("seen.txt"):
+        return
+    save_array(folder.folder / "samples.npy", images.load(folder.part("choose")[:_SAMPLES], _preprocessing(model)))
+    used = np.concatenate([folder.part("choose"), folder.part("certify")])
+    digests = sorted({images.items[int(index)].digest for index in used})
+    write_atomic(folder.folder / "seen.txt", "".join(f"{one}\n" for one in digests))
+
+
+def _frontier(table: CostTable, points: int) -> tuple[Solution, ...]:
+    """Return the table's best plans over a sweep of memory, and over a sweep of drop."""
+    from edgeflex.plans import frontier
+
+    half = max(1, points // 2)
+    by_memory = frontier(table, Budget(minimize="drop"), over="memory", points=half)
+    by_latency = frontier(table, Budget(minimize="drop"), over="latency", points=points - half)
+    return (*by_memory, *by_latency)
