@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--head", default="conv")
+    parser.add_argument("--head", default="grid")
     parser.add_argument("--max-drop", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--passes", type=int, default=6)
@@ -93,7 +93,7 @@ def main() -> None:
     if not (work / "model").exists():
         flow.fit_exits(
             "zoo:resnet56", train, work / "model", weights=arguments.weights, stage_names=STAGES,
-            head=arguments.head, epochs=20, flip=True, progress=progress,
+            head=arguments.head, epochs=30, flip=True, progress=progress,
         )  # fmt: skip
     flow.calibrate(
         work / "model", dev, work / "calibration", device=load(str(work / "device.json")),

@@ -195,7 +195,9 @@ def fit_exits(
     weights: Weights = None,
     stages: Annotated[str, typer.Option("--stages", help="Stages, comma-separated; found when absent.")] = "",
     exits: Annotated[int, typer.Option("--exits", min=1, help="Early exits when --stages is absent.")] = 3,
-    head: Annotated[str, typer.Option("--head", help="linear (pool, norm, linear) or conv.")] = "linear",
+    head: Annotated[
+        str, typer.Option("--head", help="linear (pool, norm, linear), grid (2x2 pool) or conv.")
+    ] = "linear",
     input_size: InputSize = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Most passes over the features.")] = 60,
     flip: Annotated[bool, typer.Option("--flip", help="Also train on mirrored images; wrong for digits.")] = False,
@@ -209,8 +211,8 @@ def fit_exits(
     """Attach and train early exits, the trunk frozen unless told otherwise."""
     from edgeflex import flow
 
-    if head not in {"linear", "conv"}:
-        raise InputError(f"--head {head!r} is unknown. Choose linear or conv.")
+    if head not in {"linear", "grid", "conv"}:
+        raise InputError(f"--head {head!r} is unknown. Choose linear, grid or conv.")
     fitted = flow.fit_exits(
         model,
         data,

@@ -64,6 +64,19 @@ def images(count: int, seed: int = 0, size: int = 8) -> Tensor:
     return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def livened(model: DynamicModel) -> DynamicModel:
+    """Return ``model`` with weights that keep signals strong, so that wrong numbers show in the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {name: layer for segment in model.segments for name, layer in segment.named_modules()}
+    for name in sorted(layers):
+        layer = layers[name]
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            gain = (2.0 if layer.out_features > len(CLASSES) else 8.0) if isinstance(layer, nn.Linear) else 2.0
+            spread = (gain / layer.weight[0].numel()) ** 0.5
+            layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * spread)
+    return model
+
+
 def dynamic(module: type[nn.Module], stages: tuple[str, ...] = (), size: int = 8) -> DynamicModel:
     """Return ``module`` with weights of seed 0, cut after ``stages``, a linear head at each."""
     with torch.random.fork_rng():
@@ -78,7 +91,7 @@ def dynamic(module: type[nn.Module], stages: tuple[str, ...] = (), size: int = 8
             "classes": CLASSES,
         }
     )
-    return assemble(made, recipe)
+    return livened(assemble(made, recipe))
 
 
 @cache

@@ -343,7 +343,7 @@ def _chunk_features(model: DynamicModel, fit: _Fit, chunk: NDArray[np.int64], *,
             x = _inputs(fit, chunk[start : start + _BATCH], mirrored=mirrored)
             for number, segment in enumerate(model.segments[:-1]):
                 x, _ = segment(x)
-                rows.setdefault(str(number), []).append(x.half() if maps else pool(x))
+                rows.setdefault(str(number), []).append(x.half() if maps else pool(x, fit.recipe.head.grid))
             model.segments[-1](x)
             rows.setdefault(str(len(model.segments) - 1), []).append(seen.pop())
     finally:

@@ -22,35 +22,47 @@ if TYPE_CHECKING:
 class HeadSpec(Noun):
     """Which head stands at every exit but the last.
 
-    ``linear`` pools the features and classifies them; ``conv`` first applies a 3×3 convolution of stride 2 to
+    ``linear`` pools the features and classifies them; ``grid`` pools maps to 2×2 instead of one value, which
+    early layers need (where something is still matters there); ``conv`` first applies a 3×3 convolution of stride 2 to
     ``channels`` maps (None: as many as the features have).
     """
 
-    kind: Literal["linear", "conv"] = "linear"
+    kind: Literal["linear", "grid", "conv"] = "linear"
     channels: int | None = None
+
+    @property
+    def grid(self) -> int:
+        """Pooled cells along each side of a map."""
+        return 2 if self.kind == "grid" else 1
 
 
 class ExitHead(nn.Module):
     """The layers of a finished head; ``attach`` writes their calls into a segment's graph."""
 
-    def __init__(self, conv: nn.Conv2d | None, linear: nn.Linear) -> None:
+    def __init__(self, conv: nn.Conv2d | None, linear: nn.Linear, grid: int = 1) -> None:
         super().__init__()
         self.conv = conv
         self.linear = linear
+        self.grid = grid
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [B, C, H, W], [B, T, D] or [B, D] to logits [B, classes]."""
         maps = features if self.conv is None else functional.relu(self.conv(features))
-        return self.linear(pool(maps))
+        return self.linear(pool(maps, self.grid))
 
 
-def pool(features: Tensor) -> Tensor:
+def pool(features: Tensor, grid: int = 1) -> Tensor:
     """Return the mean over pixels of [B, C, H, W] or over tokens of [B, T, D]; [B, D] stays.
+
+    With ``grid`` above 1, maps are averaged in grid × grid cells: [B, C · grid²].
 
     Tokens go through a four-dimensional mean over the last two axes, the one form that XNNPACK takes.
     """
     if features.dim() == 2:
         return features
+    if grid > 1:
+        cell = (features.shape[-2] // grid, features.shape[-1] // grid)
+        return functional.avg_pool2d(features, cell).flatten(1)
     if features.dim() == 3:
         tokens, width = features.shape[1], features.shape[2]
         features = features.permute(0, 2, 1).reshape(-1, width, tokens, 1)
@@ -68,11 +80,14 @@ def make_head(spec: HeadSpec, feature_shape: Sequence[int], classes: int) -> Exi
     width = int(feature_shape[-1] if len(feature_shape) < 3 else feature_shape[0])
     if spec.kind == "linear":
         return ExitHead(None, nn.Linear(width, classes))
-    if len(feature_shape) != 3 or min(feature_shape[1:]) < 2:
+    odd = len(feature_shape) == 3 and any(side % spec.grid for side in feature_shape[1:])
+    if len(feature_shape) != 3 or min(feature_shape[1:]) < 2 or odd:
         raise InputError(
-            f"a conv head needs maps of at least 2×2; the stage gives shape {tuple(feature_shape)}. "
+            f"a {spec.kind} head needs maps of at least 2×2{', even sides' if spec.grid > 1 else ''}; the stage gives shape {tuple(feature_shape)}. "
             "Use linear heads or name another stage."
         )
+    if spec.grid > 1:
+        return ExitHead(None, nn.Linear(width * spec.grid**2, classes), spec.grid)
     channels = spec.channels or width
     return ExitHead(nn.Conv2d(width, channels, 3, stride=2, padding=1), nn.Linear(channels, classes))
 
@@ -104,7 +119,10 @@ def _head_nodes(graph: fx.Graph, name: str, head: ExitHead, features: fx.Node, f
     if len(feature_shape) == 2:
         turned = graph.call_method("permute", (maps, 0, 2, 1))
         maps = graph.call_method("reshape", (turned, -1, int(feature_shape[1]), int(feature_shape[0]), 1))
-    if len(feature_shape) > 1:
+    if head.grid > 1:
+        cell = tuple(int(side) // head.grid for side in feature_shape[1:])
+        maps = graph.call_method("flatten", (graph.call_function(functional.avg_pool2d, (maps, cell)), 1))
+    elif len(feature_shape) > 1:
         mean = graph.call_function(torch.mean, (maps, (2, 3)), {"keepdim": True})
         maps = graph.call_method("flatten", (mean, 1))
     return graph.call_module(f"{name}.linear", (maps,))

@@ -60,12 +60,13 @@ class TrainableHead(nn.Module):
         self.conv_norm = nn.BatchNorm2d(plain.conv.out_channels) if plain.conv is not None else None
         self.norm = nn.BatchNorm1d(plain.linear.in_features)
         self.linear = plain.linear
+        self.grid = plain.grid
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [B, …] to logits [B, classes]."""
         if self.conv is not None and self.conv_norm is not None:
             features = functional.relu(self.conv_norm(self.conv(features)))
-        return self.linear(self.norm(pool(features)))
+        return self.linear(self.norm(pool(features, self.grid)))
 
     def folded(self) -> ExitHead:
         """Return the same head without normalisation layers."""
@@ -73,7 +74,7 @@ class TrainableHead(nn.Module):
         conv = self.conv
         if conv is not None and self.conv_norm is not None:
             conv = fuse_conv_bn_eval(conv, self.conv_norm)
-        return ExitHead(conv, fold_into_linear(self.norm, self.linear))
+        return ExitHead(conv, fold_into_linear(self.norm, self.linear), self.grid)
 
 
 def fold_into_linear(norm: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:

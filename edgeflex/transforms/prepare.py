@@ -42,7 +42,7 @@ _SAME_GRID = {
 _SAME_GRID_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous"}
 _SAME_GRID_MODULES = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout)
 _POOL_MODULES = (nn.AdaptiveAvgPool2d,)
-_POOLS = {functional.adaptive_avg_pool2d}
+_POOLS = {functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.mean}
 _RELUS = {functional.relu, torch.relu}
 
 
