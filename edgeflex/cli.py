@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # As shells report them: 128 + SIGINT, 128 + SIGPIPE.
 _INTERRUPTED = 130
 _READER_GONE = 141
+_INTERRUPTED_TEXT = (
+    "edgeflex: interrupted, nothing is half-written. Run the same command again: profile, fit-exits and calibrate "
+    "go on where they stopped.\n"
+)
 _REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 # Some versions of typer carry click's classes under their own roof; this finds the one that they raise.
 _ParserError: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
@@ -301,6 +305,7 @@ def plan(
     budget = parse_budget(
         memory=memory, latency=latency or (), max_drop=max_drop, confidence=confidence, minimize=minimize, disk=disk
     )
+    _refuse_idle(table=table, sweep=sweep or plot is not None, device=device, calibration=calibration)
     if table is not None:
         solution = flow.solve_table(table, budget)
         _result(solution, terminal.solution_text, as_json=as_json)
@@ -318,6 +323,21 @@ def plan(
         return
     _say(terminal.plan_text(made))
     _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
+
+
+def _refuse_idle(*, table: Path | None, sweep: bool, device: str | None, calibration: Path | None) -> None:
+    """Refuse options that the others would silence."""
+    faults = []
+    if table is not None and calibration is not None:
+        faults.append(f"--table {table} and the calibration {calibration} are two sources; give one")
+    if table is not None and sweep:
+        faults.append("--table has no measured mixes to sweep; leave --sweep and --plot out")
+    if table is not None and device is not None:
+        faults.append("--table holds its own times; leave --device out")
+    if sweep and device is not None:
+        faults.append("--sweep shows what was measured here; leave --device out")
+    if faults:
+        raise InputError.collect("the options of plan", faults)
 
 
 def _curve(curve: Curve, plot: Path | None, *, as_json: bool) -> None:
@@ -535,7 +555,7 @@ def _run() -> int:
             raise
         return _fail(explain_os_error(error, Path(error.filename or "standard output")))
     if code == _INTERRUPTED:
-        sys.stderr.write("edgeflex: interrupted. What was finished is kept; run the same command again to go on.\n")
+        sys.stderr.write(_INTERRUPTED_TEXT)
     return code if isinstance(code, int) else 0
 
 

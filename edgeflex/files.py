@@ -47,21 +47,27 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         InputError: The path cannot be written.
     """
     raw = data.encode() if isinstance(data, str) else data
-    if path.is_dir():
-        raise InputError(f"output {str(path)!r} is a folder; a file is needed. Name another with -o.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a folder, and a file is needed")
         if path.exists() and not path.is_file():
             path.write_bytes(raw)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        _write_beside(path, raw)
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+
+
+def _write_beside(path: Path, raw: bytes) -> None:
+    """Write ``raw`` beside ``path`` and put it in place once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
         with temporary.open("wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise explain_os_error(error, path) from None
     finally:
         # when the path itself is impossible, removing it fails like writing it did
         with suppress(OSError):
@@ -108,11 +114,18 @@ def refuse_output(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"output folder {str(path)!r} is not empty. Name another with -o or pass --overwrite.")
-    if any(place.resolve().is_relative_to(path.resolve()) for place in (path.cwd(), path.home())):
+    if any(place.resolve().is_relative_to(path.resolve()) for place in _kept_places(path)):
         raise InputError(
             f"output folder {str(path)!r} holds the current or the home folder and is not replaced, not even with "
             "--overwrite. Name another with -o."
         )
+
+
+def _kept_places(path: Path) -> Iterator[Path]:
+    with suppress(OSError):  # the current folder may be gone
+        yield path.cwd()
+    with suppress(RuntimeError):  # a user without a home
+        yield path.home()
 
 
 @contextmanager

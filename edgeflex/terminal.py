@@ -12,8 +12,9 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edgeflex.units import format_bytes, format_share, format_time
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from edgeflex.progress import Advance
     from edgeflex.schema import Candidates, Check, Choice, Curve, DeviceProfile, ModelGraph, Plan, Proof, Solution
 
+# The terminal's standard error while native libraries write to a log instead.
+_people: ContextVar[TextIO | None] = ContextVar("_people", default=None)
+
 
 class Bars:
     """Progress bars on standard error; plain lines when that is no terminal."""
@@ -30,7 +34,7 @@ class Bars:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True)
+        self.console = Console(file=_people.get(), stderr=True)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Advance]:
@@ -291,17 +295,22 @@ def native_chatter_aside() -> Iterator[None]:
     except OSError:  # no standard error, or nowhere to put the log: everything stays where it was
         yield
         return
-    python_stderr = sys.stderr
-    python_stderr.flush()
+    native = sys.stderr
+    native.flush()
     os.dup2(sink, 2)
     os.close(sink)
-    with os.fdopen(terminal, "w", buffering=1, errors="backslashreplace") as ours:
-        sys.stderr = ours
+    with os.fdopen(terminal, "w", buffering=1, errors="backslashreplace") as people:
+        # Not by way of sys.stderr: ExecuTorch's bindings send their notes to that too.
+        token = _people.set(people)
+        handler = logging.StreamHandler(people)
+        handler.setFormatter(logging.Formatter("edgeflex: %(message)s"))
+        logging.getLogger("edgeflex").addHandler(handler)
         try:
             yield
         finally:
-            ours.flush()
-            sys.stderr = python_stderr
+            logging.getLogger("edgeflex").removeHandler(handler)
+            _people.reset(token)
+            native.flush()
             os.dup2(terminal, 2)
 
 

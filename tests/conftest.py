@@ -16,8 +16,8 @@ os.environ["NO_COLOR"] = "1"
 for _name in ("COLUMNS", "FORCE_COLOR"):
     os.environ.pop(_name, None)
 
-import pytest
-from hypothesis import settings
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

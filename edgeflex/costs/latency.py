@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeflex.errors import InputError
-from edgeflex.schema import DeviceProfile, Format, LayerShape, ModelGraph, Precision
+from edgeflex.schema import DeviceProfile, Format, LayerShape, ModelGraph, Precision, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,14 +78,18 @@ def _roofline_s(profile: DeviceProfile, shape: LayerShape, precision: Precision)
     rates = [
         rate.ops_per_s.value
         for rate in profile.compute
-        if rate.engine == "cpu" and rate.precision.startswith(precision.value.split("-")[0])
+        if rate.engine == "cpu" and not rate.sparse and rate.precision.startswith(precision.value.split("-")[0])
     ]
-    bandwidths = [tier.read_bytes_per_s.value for tier in profile.tiers if tier.read_bytes_per_s is not None]
+    bandwidths = [
+        tier.read_bytes_per_s.value
+        for tier in profile.tiers
+        if tier.tier is Tier.HOST and tier.read_bytes_per_s is not None
+    ]
     missing = []
     if not rates:
-        missing.append(f"a CPU rate or kernel times for {precision.value} {shape.kind.value} layers")
+        missing.append(f"CPU rate or kernel times for {precision.value} {shape.kind.value} layers")
     if not bandwidths:
-        missing.append("a memory read bandwidth")
+        missing.append("memory read bandwidth")
     if missing:
         raise InputError(
             f"device profile {profile.name!r} has no {' and no '.join(missing)}; its sources do not give them. "

@@ -158,7 +158,7 @@ def _depth(policy: Policy) -> int:
 
 
 def policy_pool(outputs: ExitOutputs, block_cost: Sequence[float], *, prices: int = 28) -> tuple[Policy, ...]:
-    """Return non-dominated policies from cheapest to most accurate, full depth always among them.
+    """Return non-dominated policies from cheapest to most accurate; full depth competes with the rest.
 
     For each depth the search minimises error + price · cost over a sweep of prices by exact coordinate
     descent, started from geometric rank cuts and a single threshold for all exits.

@@ -81,11 +81,20 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
-        return np.load(io.BytesIO(read_bytes(path, "calibration file")), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(read_bytes(path, "calibration file")), allow_pickle=False)
     except ValueError as error:
-        raise InputError(
-            f"calibration file {str(path)!r} is damaged: {error}. Delete it and calibrate again."
-        ) from None
+        raise _damaged(path, error) from None
+
+
+def _load_record(path: Path) -> MixRecord:
+    try:
+        return MixRecord.model_validate_json(read_bytes(path, "measured mix"))
+    except ValidationError as error:
+        raise _damaged(path, f"{error.error_count()} faults") from None
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    return InputError(f"calibration file {str(path)!r} is damaged: {reason}. Delete it and calibrate again.")
 
 
 class Calibration:
@@ -159,8 +168,12 @@ class Calibration:
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Return the recorded activation ranges."""
-        raw = json.loads(read_bytes(self.folder / "ranges.json", "activation ranges"))
-        return {name: (low, high) for name, (low, high) in raw.items()}
+        path = self.folder / "ranges.json"
+        try:
+            raw = json.loads(read_bytes(path, "activation ranges"))
+            return {name: (float(low), float(high)) for name, (low, high) in raw.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(path, error) from None
 
     def has(self, name: str) -> bool:
         """Say whether a file of the folder is there."""
@@ -199,10 +212,7 @@ class Calibration:
 
     def records(self) -> dict[str, MixRecord]:
         """Return every measured mix by digest, without its probabilities."""
-        return {
-            path.stem: MixRecord.model_validate_json(path.read_bytes())
-            for path in sorted((self.folder / "mixes").glob("*.json"))
-        }
+        return {path.stem: _load_record(path) for path in sorted((self.folder / "mixes").glob("*.json"))}
 
     def mix(self, name: str) -> Mix:
         """Return one measured mix by digest.
@@ -210,10 +220,9 @@ class Calibration:
         Raises:
             InputError: It was never measured.
         """
-        raw = read_bytes(self.folder / "mixes" / f"{name}.json", "measured mix")
         return Mix(
             name,
-            MixRecord.model_validate_json(raw),
+            _load_record(self.folder / "mixes" / f"{name}.json"),
             _load_array(self.folder / "mixes" / f"{name}.choose.npy"),
             _load_array(self.folder / "mixes" / f"{name}.certify.npy"),
         )

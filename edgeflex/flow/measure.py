@@ -187,6 +187,7 @@ def fit_exits(
     """Train an exit after each stage and write the model folder; a killed run goes on where it stopped."""
     import shutil
 
+    from edgeflex.bundle import seen_text
     from edgeflex.files import refuse_output
     from edgeflex.images import open_images
     from edgeflex.models import HeadSpec, default_stages, load_module, save_model, stages, trace
@@ -214,6 +215,7 @@ def fit_exits(
         journal=journal,
     )
     save_model(fitted, out, overwrite=overwrite)
+    write_atomic(out / "seen.txt", seen_text(item.digest for item in images.items))
     shutil.rmtree(journal, ignore_errors=True)
     return fitted
 
@@ -308,6 +310,7 @@ def calibrate(
     heard = progress or Silent()
     model, images = open_model(model_folder), open_images(data)
     _check_classes(model, images)
+    _refuse_fitted(model_folder, images)
     meta = store.CalibrationMeta(
         weights_digest=model.graph.weights_digest,
         images_digest=images.digest(),
@@ -315,8 +318,8 @@ def calibrate(
         shares=shares or store.SHARES,
         backend=BACKEND,
     )
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
+    if overwrite and (out / "calibration.json").exists():
+        shutil.rmtree(out)  # only ever a calibration: any other folder is refused below
     folder = store.Calibration.create(out, meta)
     if not folder.has("labels.npy"):
         folder.write_split(split(images, meta.shares, seed), images.labels, seed)
@@ -355,18 +358,30 @@ def _check_classes(model: DynamicModel, images: ImageFolder) -> None:
         )
 
 
+def _refuse_fitted(model_folder: Path, images: ImageFolder) -> None:
+    """Refuse images that the heads were fitted on: confidence on them is not what new images get."""
+    path = model_folder / "seen.txt"
+    fitted = set(path.read_text(encoding="ascii").split()) if path.exists() else set()
+    common = sum(item.digest in fitted for item in images.items)
+    if common:
+        raise InputError(
+            f"{common} of {len(images)} images in {str(images.source)!r} were used to fit the exits; a promise from "
+            "them would be false. Give images that fit-exits has not seen."
+        )
+
+
 def _keep_samples(folder: Calibration, images: ImageFolder, model: DynamicModel) -> None:
     """Keep two inputs whose outputs the bundle will carry, and the digests of every image that is used."""
     import numpy as np
 
+    from edgeflex.bundle import seen_text
     from edgeflex.costs.store import save_array
 
     if folder.has("samples.npy") and folder.has("seen.txt"):
         return
     save_array(folder.folder / "samples.npy", images.load(folder.part("choose")[:_SAMPLES], _preprocessing(model)))
     used = np.concatenate([folder.part("choose"), folder.part("certify")])
-    digests = sorted({images.items[int(index)].digest for index in used})
-    write_atomic(folder.folder / "seen.txt", "".join(f"{one}\n" for one in digests))
+    write_atomic(folder.folder / "seen.txt", seen_text(images.items[int(index)].digest for index in used))
 
 
 def _frontier(table: CostTable, points: int) -> tuple[Solution, ...]:

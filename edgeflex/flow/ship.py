@@ -74,7 +74,7 @@ def export(
         reference, tolerance = _held_against_reference(prepared, staging / "program.pte", segments, samples, held)
         advance(1)
         write_atomic(staging / "expected.safetensors", save({"inputs": samples, "probabilities": reference}))
-        write_atomic(staging / "seen.txt", read_bytes(folder.folder / "seen.txt", "list of used images"))
+        write_atomic(staging / "seen.txt", _seen(model_folder, calibration_folder))
         files = seal(staging, {PROGRAM: "program.pte", EXPECTED: "expected.safetensors", SEEN: "seen.txt"})
         write_manifest(
             staging,
@@ -95,6 +95,15 @@ def export(
     from edgeflex.bundle import open_bundle
 
     return open_bundle(out)
+
+
+def _seen(model_folder: Path, calibration_folder: Path) -> str:
+    """Return the digests of every image that fitted, chose or certified anything."""
+    from edgeflex.bundle import seen_text
+
+    lists = [calibration_folder / "seen.txt", model_folder / "seen.txt"]
+    texts = [read_bytes(path, "list of used images").decode("ascii") for path in lists if path.exists()]
+    return seen_text(digest for text in texts for digest in text.split())
 
 
 def _held_against_reference(

@@ -82,8 +82,9 @@ def make_head(spec: HeadSpec, feature_shape: Sequence[int], classes: int) -> Exi
         return ExitHead(None, nn.Linear(width, classes))
     odd = len(feature_shape) == 3 and any(side % spec.grid for side in feature_shape[1:])
     if len(feature_shape) != 3 or min(feature_shape[1:]) < 2 or odd:
+        needed = "maps of at least 2×2 with even sides" if spec.grid > 1 else "maps of at least 2×2"
         raise InputError(
-            f"a {spec.kind} head needs maps of at least 2×2{', even sides' if spec.grid > 1 else ''}; the stage gives shape {tuple(feature_shape)}. "
+            f"a {spec.kind} head needs {needed}; the stage gives shape {tuple(feature_shape)}. "
             "Use linear heads or name another stage."
         )
     if spec.grid > 1:

@@ -159,8 +159,9 @@ def certified(
     """
     matrix = losses(chosen.chain)
     index: int | None = len(chosen.chain) - 1
-    if budget.max_drop is not None and budget.max_drop > 0:
-        index = certify(matrix, budget.max_drop, budget.confidence)
+    if budget.max_drop is not None:
+        # no finite sample shows that nothing at all is lost
+        index = certify(matrix, budget.max_drop, budget.confidence) if budget.max_drop > 0 else None
     if index is None:
         _refuse(chosen, budget, matrix)
     row = matrix[index]
@@ -182,8 +183,8 @@ def _refuse(chosen: Pick, budget: Budget, matrix: NDArray[np.float64]) -> NoRetu
     bounds = [upper_bound(row, budget.confidence) for row in matrix]
     least = min(bounds)
     limit = budget.max_drop or 0.0
-    needed = samples_needed(matrix[0], limit, budget.confidence)
-    more = f" or calibrate with about {needed} certification images" if needed else ""
+    needed = samples_needed(matrix[0], limit, budget.confidence) if limit > 0 else None
+    more = f" or give calibrate about {needed / matrix.shape[1]:.1f} times as many images" if needed else ""
     raise InfeasibleError(
         f"a drop of at most {format_share(limit)} cannot be promised with {format_share(budget.confidence, 0)} "
         f"confidence from {matrix.shape[1]} images: the least that can is {format_share(least)}, at "

@@ -15,7 +15,6 @@ MOST_BODY_LINES = 60
 # Why a file may be longer.
 LONG_FILES = {
     "schema.py": "all nouns stand on one page, so that what crosses rooms can be read in one place",
-    "flow.py": "one function per stage, read in the order in which they run",
 }
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "telnetlib", "urllib3"}
 UNPICKLING = {"Pickler", "Unpickler", "dump", "dumps", "load", "loads"}

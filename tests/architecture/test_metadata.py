@@ -7,6 +7,7 @@ import re
 import sys
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
+from typing import Any
 
 import edgeflex
 
@@ -20,9 +21,10 @@ NEEDED = {
 }
 
 
-def pyproject() -> dict:
-    reader = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    return reader.loads(PYPROJECT.read_text(encoding="utf-8"))
+def pyproject() -> dict[str, Any]:
+    reader: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    read: dict[str, Any] = reader.loads(PYPROJECT.read_text(encoding="utf-8"))
+    return read
 
 
 def split(requirement: str) -> tuple[str, str]:
