@@ -32,7 +32,7 @@ from edgeflex.schema import Budget, Precision
 from edgeflex.transforms import prepare, record_ranges
 from tests.builders import needed_data
 
-STAGES = ("layer1.4", "layer1.8", "layer2.2", "layer2.5", "layer2.8", "layer3.2")
+STAGES = "layer2.2,layer2.8,layer3.2"
 SHARES = {"choose": 0.3, "certify": 0.3, "test": 0.4}
 
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--head", default="grid")
+    parser.add_argument("--stages", default=STAGES)
     parser.add_argument("--max-drop", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--passes", type=int, default=6)
@@ -92,7 +93,8 @@ def main() -> None:
         flow.profile(work / "device.json", quick=True, progress=progress)
     if not (work / "model").exists():
         flow.fit_exits(
-            "zoo:resnet56", train, work / "model", weights=arguments.weights, stage_names=STAGES,
+            "zoo:resnet56", train, work / "model", weights=arguments.weights,
+            stage_names=tuple(arguments.stages.split(",")),
             head=arguments.head, epochs=30, flip=True, progress=progress,
         )  # fmt: skip
     flow.calibrate(

@@ -572,10 +572,14 @@ class FileEntry(Noun):
 
 
 class SegmentProgram(Noun):
-    """One condition-free program. All but the last return (activations, probabilities)."""
+    """One condition-free program. All but the last return (activations, probabilities).
+
+    Where both sides of a cut compute in int8, activations cross it as int8.
+    """
 
     method: str
     input_shape: tuple[int, ...]
+    input_dtype: Literal["float32", "int8"] = "float32"
     output_shape: tuple[int, ...] | None
     exit: str
 

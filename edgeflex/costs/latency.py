@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeflex.errors import InputError
-from edgeflex.schema import DeviceProfile, Format, LayerShape, ModelGraph, Precision, Tier
+from edgeflex.schema import DeviceProfile, Format, FormatEdge, LayerShape, ModelGraph, Precision, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,6 +126,30 @@ class LatencyModel:
     def option_s(self, layer: str, precision: Precision) -> float:
         """Return the seconds of a layer in a precision, inside a program."""
         return self.layer_s[layer, precision] * self.scales.get(precision, 1.0)
+
+
+def crossings(graph: ModelGraph) -> tuple[FormatEdge, ...]:
+    """Return where activations may change format, each counted once, in the segment that pays for it.
+
+    At a cut the layer before it feeds the segment behind it directly: int8 activations are handed over as they
+    are when both sides compute in int8, and a conversion, if any, is paid with the later segment.
+    """
+    heads = {layer.name for layer in graph.layers if layer.head}
+    feeders = {edge.segment: edge.source for edge in graph.edges if not edge.target and edge.source not in heads}
+    found: list[FormatEdge] = []
+    entered: set[int] = set()
+    for edge in graph.edges:
+        last = edge.segment == graph.segment_count - 1
+        if not edge.target and edge.source not in heads and not last:
+            continue
+        if not edge.source and edge.segment > 0:
+            if edge.segment in entered:
+                continue
+            entered.add(edge.segment)
+            found.append(edge.model_copy(update={"source": feeders.get(edge.segment - 1, "")}))
+        else:
+            found.append(edge)
+    return tuple(found)
 
 
 def _format_changes(graph: ModelGraph, precisions: Mapping[str, Precision], segment: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeflex.costs.latency import crossings
 from edgeflex.costs.policies import ExitOutputs, Policy, anchored, exit_outputs, exits_taken
 from edgeflex.schema import (
     Boundary,
@@ -261,7 +262,7 @@ def build_table(parts: TableParts) -> CostTable:
                 block=edge.segment,
                 latency_s=edge.elements * parts.latency.conversion_s,
             )
-            for edge in graph.edges
+            for edge in crossings(graph)
             if edge.source or edge.target
         ),
         fixed_latency_s=parts.latency.fixed_s,

@@ -85,21 +85,18 @@ def lower(modules: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> bytes:
 
 def program_from_prepared(prepared: PreparedModel) -> bytes:
     """Return the ``.pte`` bytes of all segments."""
-    return lower(
-        {
-            method_name(index): (segment, torch.zeros(shape))
-            for index, (segment, shape) in enumerate(zip(prepared.segments, prepared.input_shapes, strict=True))
-        }
-    )
+    pairs = zip(prepared.segments, prepared.examples, strict=True)
+    return lower({method_name(index): pair for index, pair in enumerate(pairs)})
 
 
 def segment_programs(prepared: PreparedModel, graph: ModelGraph) -> tuple[SegmentProgram, ...]:
     """Return what each method takes and returns."""
-    shapes = prepared.input_shapes
+    shapes = [tuple(example.shape) for example in prepared.examples]
     return tuple(
         SegmentProgram(
             method=method_name(index),
             input_shape=shape,
+            input_dtype="int8" if prepared.examples[index].dtype == torch.int8 else "float32",
             output_shape=shapes[index + 1] if index + 1 < len(shapes) else None,
             exit=graph.exits[index].name,
         )

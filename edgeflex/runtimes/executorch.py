@@ -120,7 +120,8 @@ class ExecutorchSession:
         """Run one segment by itself; see ``Session.segment``."""
         if not 0 <= index < len(self._segments):
             raise InputError(f"segment {index}: there are segments 0 to {len(self._segments) - 1}. Name one.")
-        _check_input(x, self._segments[index].input_shape, f"segment {index}")
+        segment = self._segments[index]
+        _check_input(x, segment.input_shape, f"segment {index}", segment.input_dtype)
         activations, probabilities, _ = self._step(index, _tensor(x))
         last = index == len(self._segments) - 1
         return None if last else activations.numpy().copy(), probabilities.numpy()[0].copy()
@@ -297,13 +298,13 @@ def _device_error(method: str, error: RuntimeError) -> DeviceError:
 def _tensor(x: Float32) -> torch.Tensor:
     """Return ``x`` as a tensor over the same memory; a copy only where ``x`` is strided or read-only."""
     if not (x.flags.c_contiguous and x.flags.writeable):
-        x = np.array(x, dtype=np.float32, order="C")
+        x = np.array(x, order="C")
     return torch.from_numpy(x)
 
 
-def _check_input(x: Float32, shape: Sequence[int], what: str) -> None:
-    if tuple(x.shape) != tuple(shape) or x.dtype != np.float32:
+def _check_input(x: Float32, shape: Sequence[int], what: str, dtype: str = "float32") -> None:
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
         raise InputError(
-            f"{what} is {x.dtype} {list(x.shape)}; float32 {list(shape)} is needed. "
+            f"{what} is {x.dtype} {list(x.shape)}; {dtype} {list(shape)} is needed. "
             "Prepare it with the bundle's preprocessing."
         )

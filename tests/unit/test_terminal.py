@@ -1,0 +1,130 @@
+"""What people read: whatever the width of the terminal, every character is shown and no text is an instruction."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeflex import terminal
+from edgeflex.plans import solve
+from edgeflex.profiles import load, names
+from edgeflex.schema import Curve, CurvePoint
+from tests.builders import decision, option, random_budget, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WIDE, NARROW = 400, 40
+cells = st.text("abc xyz0189.,%[]/[bold][/]µ±", max_size=30)
+
+
+def shown(text: str) -> Counter[str]:
+    """Return how often every visible character stands in ``text``."""
+    return Counter("".join(text.split()))
+
+
+@pytest.fixture
+def width(monkeypatch: pytest.MonkeyPatch):
+    return lambda columns: monkeypatch.setenv("COLUMNS", str(columns))
+
+
+def at(columns: int, title: str, heads: list[str], rows: list[list[str]]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        return terminal.table_text(title, heads, rows)
+
+
+@given(cells, st.lists(st.lists(cells, min_size=4, max_size=4), max_size=4))
+def test_a_narrow_table_shows_every_character_once(title: str, rows: list[list[str]]):
+    heads = ["layer", "precision", "[share]", "time"]
+    expected = shown(title + "".join(heads) + "".join("".join(row) for row in rows))
+    narrow = at(NARROW, title, heads, rows)
+    assert shown(narrow) == expected
+    assert max(map(len, narrow.splitlines())) <= NARROW
+    assert shown(at(WIDE, title, heads, rows)) == expected
+
+
+def test_a_wide_table_keeps_a_row_on_a_line():
+    text = at(WIDE, "Title", ["layer", "bits"], [["stem", "8"], ["head", "4"]])
+    assert [line.split() for line in text.splitlines()] == [["Title"], ["layer", "bits"], ["stem", "8"], ["head", "4"]]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_narrow_profile_shows_every_figure_with_its_source(name: str, width):
+    device = load(name)
+    width(WIDE)
+    wide = terminal.device_text(device)
+    width(NARROW)
+    assert shown(terminal.device_text(device)) == shown(wide)
+    for figure in (one.ops_per_s for one in device.compute):
+        assert shown(figure.source) <= shown(wide)
+
+
+def test_a_narrow_solution_shows_every_choice(width):
+    layers = [decision(f"trunk.{index}.convolution", option("int8-static")) for index in range(20)]
+    solution = solve(table(*layers), random_budget(1).model_validate({}))
+    width(NARROW)
+    text = terminal.solution_text(solution)
+    assert shown("".join(f"{one.subject}{one.option}" for one in solution.choices)) <= shown(text)
+    assert "Proof: optimal" in text
+
+
+def test_a_narrow_curve_shows_every_point(width):
+    points = tuple(
+        CurvePoint(label=f"mix {index}", latency_s=index * 1e-3, memory_bytes=index * 1024, drop=index / 100)
+        for index in range(1, 6)
+    )
+    width(NARROW)
+    text = terminal.curve_text(Curve(points=points[:3], baselines=points[3:]))
+    assert shown("".join(point.label for point in points)) <= shown(text)
+
+
+def test_no_result_holds_colours_where_no_terminal_reads_it():
+    assert "\x1b" not in at(WIDE, "Title", ["layer"], [["stem"]])
+
+
+# --- standard error ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def error_stream() -> Iterator[int]:
+    """Let standard error lead into a pipe; give its reading end."""
+    reader, writer = os.pipe()
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    os.close(writer)
+    try:
+        yield reader
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(reader)
+
+
+def test_native_notes_go_aside_while_progress_and_warnings_reach_people():
+    with error_stream() as heard, terminal.native_chatter_aside():
+        bars = terminal.Bars()
+        os.write(2, b"[cpuinfo_utils.cpp:71] Reading file\n")
+        print("[threadpool.cpp:66] Resetting", file=sys.__stderr__, flush=True)
+        with bars.task("Measuring [x]", 3) as advance:
+            advance(1)
+        logging.getLogger("edgeflex.profiles").warning("2 of 5 lines not used")
+        text = os.read(heard, 10_000).decode()
+    assert text == "Measuring [x] …\nedgeflex: 2 of 5 lines not used\n"
+
+
+def test_standard_error_is_given_back_after_a_failure():
+    with error_stream() as heard:
+        with pytest.raises(ValueError, match="a bug"), terminal.native_chatter_aside():
+            raise ValueError("a bug")
+        os.write(2, b"after\n")
+        assert os.read(heard, 100) == b"after\n"
+    assert logging.getLogger("edgeflex").handlers == []
