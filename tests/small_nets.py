@@ -45,6 +45,21 @@ class ResidualNet(nn.Module):
         return self.last(functional.relu(self.narrow(functional.relu(self.wide(x)))))
 
 
+class TwoBlocks(nn.Module):
+    """Two residual blocks in a row; a cut between them feeds both the second's convolution and its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.first = Residual(16)
+        self.second = Residual(16)
+        self.last = nn.Linear(16, len(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(functional.relu(self.stem(x))))
+        return self.last(torch.mean(x, (2, 3), keepdim=True).flatten(1))
+
+
 class Chain(nn.Module):
     """Two convolutions in a row and a linear layer: the least that can be quantised throughout."""
 

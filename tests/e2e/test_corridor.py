@@ -116,7 +116,12 @@ def fit(folder: Path, out: Path, epochs: int) -> None:
 def corridor(tmp_path_factory: pytest.TempPathFactory) -> Corridor:
     folder = tmp_path_factory.mktemp("corridor")
     prepare_inputs(folder)
-    images, model, calibration, bundle = folder / "digits/dev", folder / "model", folder / "calibration", folder / "bundle"
+    images, model, calibration, bundle = (
+        folder / "digits/dev",
+        folder / "model",
+        folder / "calibration",
+        folder / "bundle",
+    )
     fit(folder, model, epochs=10)
     flow.calibrate(model, images, calibration, device=this_machine(), mixes=MIXES)
     plan = flow.plan(calibration, wish(calibration))
