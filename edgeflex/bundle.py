@@ -153,7 +153,11 @@ def _place_fault(folder: Path, relative: str) -> str:
     if not parts or absolute or ".." in parts or "\\" in relative or "\0" in relative:
         return "the path is not relative and inside the folder"
     file = folder / relative
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links that lead in a circle
+        return "the path is a link that leads nowhere"
+    if not inside:
         return "the path leads outside the folder through a link"
     if not file.is_file():
         return "the file is missing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -131,20 +131,24 @@ def device(
     )
 
 
-def probabilities(count: int, seed: int, *, exits: int = 3, classes: int = 3) -> tuple[NDArray, NDArray]:
+def probabilities(
+    count: int, seed: int, *, exits: int = 3, classes: int = 3
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return labels [n] and probabilities [n, exits, classes] of exits that get better with depth."""
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, classes, size=count)
     hardness = draw.exponential(1.0, size=(count, 1, 1))
     right = np.eye(classes)[labels][:, None, :] * np.linspace(1.5, 4.0, exits)[None, :, None]
-    logits = right + hardness * draw.normal(size=(count, exits, classes))
-    strength = np.exp(logits - logits.max(axis=2, keepdims=True))
-    return labels, (strength / strength.sum(axis=2, keepdims=True)).astype(np.float32)
+    return labels, _softmax(right + hardness * draw.normal(size=(count, exits, classes)))
 
 
-def changed(base: NDArray, seed: int, amount: float) -> NDArray:
+def changed(base: NDArray[np.float32], seed: int, amount: float) -> NDArray[np.float32]:
     """Return probabilities [n, exits, classes] disturbed by ``amount`` in their logarithms."""
     draw = np.random.default_rng(seed)
-    logits = np.log(base) + amount * draw.normal(size=base.shape)
+    return _softmax(np.log(base) + amount * draw.normal(size=base.shape))
+
+
+def _softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
     strength = np.exp(logits - logits.max(axis=2, keepdims=True))
-    return (strength / strength.sum(axis=2, keepdims=True)).astype(np.float32)
+    shares: NDArray[np.float32] = (strength / strength.sum(axis=2, keepdims=True)).astype(np.float32)
+    return shares

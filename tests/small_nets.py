@@ -22,7 +22,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return functional.relu(x + self.conv2(functional.relu(self.conv1(x))))
 
 
@@ -38,7 +38,7 @@ class ResidualNet(nn.Module):
         self.narrow = nn.Linear(64, 32)
         self.last = nn.Linear(32, len(CLASSES))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.block(functional.relu(self.stem(x)))
         x = functional.relu(self.down(x))
         x = torch.mean(x, (2, 3), keepdim=True).flatten(1)
@@ -55,7 +55,7 @@ class TwoBlocks(nn.Module):
         self.second = Residual(16)
         self.last = nn.Linear(16, len(CLASSES))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.second(self.first(functional.relu(self.stem(x))))
         return self.last(torch.mean(x, (2, 3), keepdim=True).flatten(1))
 
@@ -69,7 +69,7 @@ class Chain(nn.Module):
         self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1)
         self.last = nn.Linear(8, len(CLASSES))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = functional.relu(self.second(functional.relu(self.first(x))))
         return self.last(torch.mean(x, (2, 3), keepdim=True).flatten(1))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgeflex.costs.latency import LatencyModel, Observation, fit_latency, layer_time
 from edgeflex.costs.policies import exit_outputs, judge, policy_pool
-from edgeflex.costs.store import Mix, mix_digest
+from edgeflex.costs.store import CANDIDATE_ROLE, Mix, mix_digest
 from edgeflex.costs.table import (
     Sensitivity,
     TableParts,
@@ -20,6 +20,7 @@ from edgeflex.costs.table import (
     matched_losses,
     scenario_of,
 )
+from edgeflex.errors import InputError
 from edgeflex.schema import (
     Candidate,
     Candidates,
@@ -75,8 +76,16 @@ def random_mix(graph: ModelGraph, options: Mapping[str, Sequence[Precision]], se
 
 
 def mix_of(choices: Sequence[Choice]) -> Precisions:
-    """Return the precisions that a solution chose."""
-    return {choice.subject: Precision(choice.option) for choice in choices}
+    """Return the precisions that a solution chose.
+
+    Raises:
+        InputError: An option is no precision; all such choices are named.
+    """
+    known = {one.value: one for one in Precision}
+    if faults := [f"{one.subject} takes {one.option!r}" for one in choices if one.option not in known]:
+        faults.append(f"known precisions are {', '.join(known)}")
+        raise InputError.collect("the plan's choices", faults)
+    return {choice.subject: known[choice.option] for choice in choices}
 
 
 def _latency_model(
@@ -140,6 +149,7 @@ def assemble(
     *,
     threads: int,
     here: bool,
+    seeds_only: bool = False,
 ) -> tuple[CostTable, Candidates]:
     """Return the cost table and the measured candidates of what the folder holds so far.
 
@@ -150,9 +160,11 @@ def assemble(
         capabilities: Of the backend.
         threads: Of the runtime.
         here: Whether the mixes were timed on this very device, so that the fit may use their times.
+        seeds_only: Leave out the mixes that an earlier table asked for, so that what is measured next does not
+            depend on how often calibration was resumed.
     """
     options = layer_options(graph, capabilities)
-    mixes = calibration.mixes()
+    mixes = tuple(mix for mix in calibration.mixes() if not (seeds_only and mix.record.role == CANDIDATE_ROLE))
     labels = calibration.labels("choose")
     latency = _latency_model(graph, device, options, mixes, threads, here=here)
     outputs = {mix.digest: exit_outputs(mix.choose, labels) for mix in mixes}

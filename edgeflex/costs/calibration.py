@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from edgeflex.costs.store import Calibration, MixRecord, mix_digest, save_array
+from edgeflex.costs.store import CANDIDATE_ROLE, Calibration, MixRecord, mix_digest, save_array
 from edgeflex.errors import InputError
 from edgeflex.schema import Precision
 from edgeflex.transforms import PreparedModel, prepare, prepare_segment, record_ranges
@@ -130,7 +130,7 @@ def measure_mix(
     model: DynamicModel,
     precisions: Mapping[str, Precision],
     evaluate: Evaluate,
-    role: str = "candidate",
+    role: str = CANDIDATE_ROLE,
 ) -> MixRecord:
     """Return the record of a mix, running it for real if it was not measured before."""
     name = mix_digest(precisions)

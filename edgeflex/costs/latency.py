@@ -157,7 +157,9 @@ def _format_changes(graph: ModelGraph, precisions: Mapping[str, Precision], segm
         return precisions.get(name, Precision.FP32).activation_format if name else Format.FLOAT
 
     return sum(
-        edge.elements for edge in graph.edges if edge.segment == segment and form(edge.source) is not form(edge.target)
+        edge.elements
+        for edge in crossings(graph)
+        if edge.segment == segment and form(edge.source) is not form(edge.target)
     )
 
 

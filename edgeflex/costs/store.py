@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHARES = {"choose": 0.4, "certify": 0.4, "test": 0.2}
+CANDIDATE_ROLE = "candidate"
 
 
 class CalibrationMeta(Noun):
@@ -53,7 +54,7 @@ class MixRecord(Noun):
     segment_s: tuple[float, ...]
     program_bytes: int
     memory_bytes: int | None = None
-    role: str = "candidate"
+    role: str = CANDIDATE_ROLE
 
 
 @dataclass(frozen=True)

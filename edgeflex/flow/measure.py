@@ -7,7 +7,7 @@ import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InputError
 from edgeflex.files import write_atomic
@@ -388,7 +388,10 @@ def _frontier(table: CostTable, points: int) -> tuple[Solution, ...]:
     """Return the table's best plans over a sweep of memory, and over a sweep of drop."""
     from edgeflex.plans import frontier
 
-    half = max(1, points // 2)
-    by_memory = frontier(table, Budget(minimize="drop"), over="memory", points=half)
-    by_latency = frontier(table, Budget(minimize="drop"), over="latency", points=points - half)
-    return (*by_memory, *by_latency)
+    shares: dict[Literal["memory", "latency"], int] = {"memory": (points + 1) // 2, "latency": points // 2}
+    return tuple(
+        solution
+        for over, count in shares.items()
+        if count
+        for solution in frontier(table, Budget(minimize="drop"), over=over, points=count)
+    )

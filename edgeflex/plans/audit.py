@@ -265,12 +265,15 @@ def _claim_faults(table: CostTable, budget: Budget, proof: Proof, counted: Footp
         yield f"gap {proof.gap!r} is claimed, {gap!r} follows from objective and bound."
     if proof.status == "optimal" and max(gap, proof.gap) > proof.tolerance * (1 + _LIMIT) + _TINY:
         yield f"status 'optimal' needs a gap of at most {proof.tolerance!r}; it is {max(gap, proof.gap)!r}."
-    if not 0 <= proof.scenarios_solved <= proof.scenarios <= len(table.scenarios) or proof.scenarios < 1:
-        yield f"{proof.scenarios_solved} of {proof.scenarios} scenarios solved; the table has {len(table.scenarios)}."
+    if not 0 <= proof.scenarios_solved <= proof.scenarios or proof.scenarios < 1:
+        yield f"{proof.scenarios_solved} of {proof.scenarios} scenarios were solved, it says; that cannot be."
 
 
 def _proof_faults(table: CostTable, budget: Budget, solution: Solution, counted: Footprint) -> Iterator[str]:
     yield from _claim_faults(table, budget, solution.proof, counted)
+    # a plan's proof is about the whole cost table, of which its own table holds one mix: only here do they meet
+    if solution.proof.scenarios > len(table.scenarios):
+        yield f"{solution.proof.scenarios} scenarios were looked at, it says; the table has {len(table.scenarios)}."
     floor = min(_floor(table, budget, index) for index in range(len(table.scenarios)))
     if solution.proof.objective < floor - _RELATIVE * abs(floor) - _TINY:
         yield f"objective {solution.proof.objective!r} lies below {floor!r}, the sum of every decision's least."

@@ -58,7 +58,7 @@ class Joined(nn.Module):
         self.third = nn.Conv2d(8, 4, 3, padding=1)
         self.last = nn.Linear(12, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = torch.relu(self.first(x))
         x = torch.cat([x, torch.relu(self.second(x))], 1)
         x = torch.cat([x, torch.relu(self.third(x))], 1)
@@ -86,7 +86,7 @@ def everything(model: DynamicModel, precision: Precision) -> dict[str, Precision
 @cache
 def exported(kind: str) -> tuple[DynamicModel, PreparedModel, bytes]:
     """Return a model, prepared, with its program; each is lowered once."""
-    model = {"digits": digits_model, "joined": lambda: dynamic(Joined)}.get(kind.split()[0], residual_model)()
+    model = {"digits": digits_model, "joined": lambda: dynamic(Joined)}.get(kind.partition(" ")[0], residual_model)()
     chosen: Mapping[str, Precision] = {
         "residual fp32": {},
         "residual mixed": MIXED,
@@ -282,5 +282,3 @@ def test_call_programs_have_none_one_and_two_delegates():
         counts.append(len(plan.delegates))
         assert len(time_program(program, [example], threads=1, repeats=2)) == 2
     assert counts == [0, 1, 2]
-
-

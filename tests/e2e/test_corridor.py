@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -185,7 +186,7 @@ def test_the_bench_measured_what_the_plan_foretold(corridor: Corridor):
 
 def test_the_report_is_one_page_that_loads_nothing(corridor: Corridor):
     page = (corridor.folder / "report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
+    assert page.lower().startswith("<!doctype html>")
     assert "<script src" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "digits-cnn" in page
@@ -214,18 +215,24 @@ def test_a_second_calibration_measures_nothing(corridor: Corridor):
     assert (corridor.calibration / "candidates.json").read_bytes() == candidates
 
 
-def test_only_what_is_missing_is_measured_again(corridor: Corridor):
-    """A killed run leaves a mix without its record."""
-    folder, _, _, _, _ = flow.open_calibration(corridor.calibration)
-    lost = next(mix for mix, record in folder.records().items() if record.role == "candidate")
-    (corridor.calibration / "mixes" / f"{lost}.json").unlink()
-    before = files_of(corridor.calibration / "mixes")
-    flow.calibrate(corridor.model, corridor.images, corridor.calibration, device=this_machine(), mixes=MIXES)
-    after = files_of(corridor.calibration / "mixes")
-    assert {name for name in after if after[name] != before.get(name)} == {
-        f"{lost}.{part}" for part in ("json", "choose.npy", "certify.npy")
+def test_only_what_is_missing_is_measured_again(corridor: Corridor, tmp_path: Path):
+    """A killed run leaves a mix without its record, and a layer that was not tried."""
+    copy = tmp_path / "calibration"
+    shutil.copytree(corridor.calibration, copy)
+    folder, _, _, _, _ = flow.open_calibration(copy)
+    lost = next(mix for mix, record in folder.records().items() if record.role == "random")
+    (copy / "mixes" / f"{lost}.json").unlink()
+    (copy / "sensitivity" / "head.int8-static.npy").unlink()
+    before = files_of(copy)
+    flow.calibrate(corridor.model, corridor.images, copy, device=this_machine(), mixes=MIXES)
+    after = files_of(copy)
+    assert after.keys() - before.keys() == {f"mixes/{lost}.json", "sensitivity/head.int8-static.npy"}
+    made = {name for name in after if after[name] != before.get(name) and name.startswith(("mixes/", "sensitivity/"))}
+    assert made == {
+        *(f"mixes/{lost}.{part}" for part in ("json", "choose.npy", "certify.npy")),
+        "sensitivity/head.int8-static.npy",
+        "sensitivity/baseline.npy",
     }
-    assert after.keys() - before.keys() == {f"{lost}.json"}
 
 
 # --- deciding again ----------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ def test_one_bit_flipped_in_the_program_is_caught_before_it_runs(corridor: Corri
     damaged[len(whole) // 2] ^= 1
     try:
         path.write_bytes(damaged)
-        with pytest.raises(BundleError, match="program.pte"):
+        with pytest.raises(BundleError, match=r"program\.pte"):
             flow.run(corridor.bundle, corridor.images, limit=1)
     finally:
         path.write_bytes(whole)

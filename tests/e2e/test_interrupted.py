@@ -198,7 +198,6 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(
     assert edgeflex("report", tmp_path / "bundle", "-o", tmp_path / "report.html").code == 0
 
 
-@pytest.mark.xfail(raises=ValueError, reason="costs.assemble.mix_of lets an unknown precision through as a traceback")
 def test_a_plan_with_an_unknown_precision_is_refused(planned: Path, tmp_path: Path, edgeflex: Command):
     document = json.loads(planned.read_text())
     document["choices"][0]["option"] = "int3"

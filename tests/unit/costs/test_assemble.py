@@ -51,7 +51,9 @@ def truth() -> LatencyModel:
     return LatencyModel(times, (4e-6, 4e-6, 4e-6), dict.fromkeys(RATES, 1.2), 3e-10, 0.0)
 
 
-def measure(folder: Calibration, mix: dict[str, Precision], overhead_bytes: int = 3000) -> None:
+def measure(
+    folder: Calibration, mix: dict[str, Precision], overhead_bytes: int = 3000, role: str = "seed", speed: float = 1.0
+) -> None:
     """Write what running ``mix`` would have shown: accuracy falls with rough layers, bytes add up."""
     full = {layer.name: mix.get(layer.name, FP32) for layer in GRAPH.layers}
     amount = sum(ROUGHNESS[one] for one in full.values()) / 4
@@ -59,9 +61,10 @@ def measure(folder: Calibration, mix: dict[str, Precision], overhead_bytes: int 
     entries = sum(disk_bytes(layer, full[layer.name]) for layer in GRAPH.layers)
     record = MixRecord(
         precisions=full,
-        segment_s=predicted_segments_s(truth(), GRAPH, full),
+        segment_s=tuple(speed * seconds for seconds in predicted_segments_s(truth(), GRAPH, full)),
         program_bytes=entries + overhead_bytes,
         memory_bytes=round(1.1 * stored) + 40_000,
+        role=role,
     )
     _, base = probabilities(2 * COUNT, 0)
     found = changed(base, 1, amount) if amount else base
@@ -151,9 +154,7 @@ def test_every_measured_mix_becomes_a_candidate_with_its_own_drops(tmp_path: Pat
     assert candidates.reference_accuracy == pytest.approx(right[:, -1].mean())
     for one in candidates.candidates:
         assert mix_digest(mix_of(one.choices)) == one.mix
-        assert one.accuracy == pytest.approx(
-            (opened.mix(one.mix).choose[:, -1].argmax(1) == labels[:COUNT]).mean()
-        )
+        assert one.accuracy == pytest.approx((opened.mix(one.mix).choose[:, -1].argmax(1) == labels[:COUNT]).mean())
         for scenario in one.scenarios:
             assert scenario.reach[0] == 1.0
             assert len(scenario.thresholds) == 3
@@ -208,3 +209,17 @@ def test_the_same_folder_gives_the_same_table(tmp_path: Path):
     first = assemble(opened, GRAPH, DEVICE, CAPABILITIES, threads=1, here=True)
     again = assemble(Calibration.open(tmp_path), GRAPH, DEVICE, CAPABILITIES, threads=1, here=True)
     assert [one.digest() for one in first] == [one.digest() for one in again]
+
+
+def test_the_table_that_asks_for_mixes_does_not_depend_on_those_it_asked_for(tmp_path: Path):
+    opened = calibrated(tmp_path, standard_mixes())
+
+    def asking(*, seeds_only: bool = True) -> str:
+        table, _ = assemble(opened, GRAPH, DEVICE, CAPABILITIES, threads=1, here=True, seeds_only=seeds_only)
+        return table.model_copy(update={"calibration_digest": ""}).digest()
+
+    before = asking()
+    for seed in range(20, 23):
+        measure(opened, random_mix(GRAPH, OPTIONS, seed), role="candidate", speed=1.5)
+    assert asking() == before
+    assert asking(seeds_only=False) != before

@@ -9,12 +9,13 @@ import pytest
 
 from edgeflex.costs.store import Calibration, CalibrationMeta, MixRecord, mix_digest
 from edgeflex.errors import InputError
-from edgeflex.schema import Precision
 from tests.small_graphs import DYNAMIC, FP32, STATIC, probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from edgeflex.schema import Precision
 
 META = CalibrationMeta(
     weights_digest="a" * 64,
@@ -85,9 +86,7 @@ def test_layers_in_fp32_do_not_change_a_mix_and_neither_does_order():
         ({"backend": "tensorrt"}, "backend"),
     ],
 )
-def test_the_folder_of_something_else_is_refused_and_left_alone(
-    tmp_path: Path, change: dict[str, object], named: str
-):
+def test_the_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, change: dict[str, object], named: str):
     filled(tmp_path / "calibration")
     before = sorted(path.name for path in (tmp_path / "calibration").rglob("*"))
     with pytest.raises(InputError, match=f"another {named}"):

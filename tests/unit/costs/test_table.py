@@ -139,7 +139,9 @@ def test_a_layer_that_changes_nothing_loses_nothing_and_a_ruined_one_loses_most(
 def test_a_layer_that_lowers_confidence_is_not_paid_for_the_depth_it_causes():
     draw = np.random.default_rng(3)
     # calibrated exits: an answer given with confidence c is right with probability c
-    sure = np.stack([draw.uniform(0.4, 0.99, 2000), draw.uniform(0.95, 0.999, 2000), draw.uniform(0.95, 0.999, 2000)], 1)
+    sure = np.stack(
+        [draw.uniform(0.4, 0.99, 2000), draw.uniform(0.95, 0.999, 2000), draw.uniform(0.95, 0.999, 2000)], 1
+    )
     labels = draw.integers(0, 3, 2000)
     answers = np.where(draw.random((2000, 3)) < sure, labels[:, None], (labels[:, None] + 1) % 3)
     base = np.repeat((1 - sure)[:, :, None] / 2, 3, axis=2)
@@ -164,7 +166,7 @@ def test_losses_by_hand_at_full_depth():
     rows = np.arange(50)
     right, before = (np.maximum(one[rows, -1, labels].astype(np.float64), 1e-6) for one in (other, base))
     rise = np.mean(np.log(before) - np.log(right))
-    assert matched_losses(known, [policy])["wide", GROUP] == (pytest.approx(max(0.0, rise), rel=1e-4),)
+    assert matched_losses(known, [policy])["wide", GROUP] == pytest.approx((max(0.0, rise),), rel=1e-4)
 
 
 def test_the_scale_is_the_planted_points_of_accuracy_a_unit_of_loss():

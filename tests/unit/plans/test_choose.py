@@ -67,9 +67,7 @@ def random_case(seed: int) -> tuple[CostTable, tuple[Candidate, ...]]:
     known = table(*decisions, scenarios=(scenario(1.0, 0.5, 0.2),), fixed_latency_s=(1e-5, 2e-5, 3e-5))
     candidates = []
     for number in range(draw.randint(1, 4)):
-        choices = tuple(
-            Choice(subject=one.subject, option=draw.choice(["fp32", "int8", "int4"])) for one in decisions
-        )
+        choices = tuple(Choice(subject=one.subject, option=draw.choice(["fp32", "int8", "int4"])) for one in decisions)
         scenarios = []
         for place in range(draw.randint(1, 12)):
             second = draw.choice([0.0, 1.0, draw.random()])
@@ -318,7 +316,7 @@ def test_intervals_by_hand():
     # half take 1 ms, half 3 ms: a spread of 1 ms, of which the mean of 100 keeps a tenth, twice
     assert found["mean"].low == pytest.approx(2e-3 * 0.9 - 2e-4)
     assert found["mean"].high == pytest.approx(2e-3 * 1.1 + 2e-4)
-    assert (found["worst"].low, found["worst"].high) == (pytest.approx(2.7e-3), pytest.approx(3.3e-3))
+    assert (found["worst"].low, found["worst"].high) == pytest.approx((2.7e-3, 3.3e-3))
     assert latency_intervals(counted, (1.0, 0.5), 3.0, 100)["mean"].low == 0.0
 
 

@@ -82,7 +82,7 @@ class Pooled(nn.Module):
         super().__init__()
         self.first, self.pool, self.second = nn.Conv2d(1, 4, 3), pool, nn.Conv2d(4, 4, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.second(self.pool(self.first(x)))
 
 
@@ -102,7 +102,7 @@ class Joined(nn.Module):
         super().__init__()
         self.left, self.right, self.after = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), nn.Conv2d(4, 4, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.after(torch.cat([self.left(x), self.right(x)], dim=1))
 
 
@@ -170,7 +170,7 @@ def test_static_int8_is_the_forward_pass_worked_out_by_hand():
     assert isinstance(first, nn.Conv2d)
     assert isinstance(second, nn.Conv2d)
     assert isinstance(last, nn.Linear)
-    weight = {name: quantize_weight(layers[name].weight, STATIC).dequantize() for name in ("first", "second", "last")}  # type: ignore[arg-type]
+    weight = {name: quantize_weight(layers[name].weight, STATIC).dequantize() for name in ("first", "second", "last")}
     names = [node.name for node in model.segments[0].graph.nodes]
     assert names == ["x", "first", "relu", "second", "relu_1", "mean", "flatten", "last", "output"]
 
@@ -217,7 +217,7 @@ def test_ranges_are_the_extremes_over_all_batches_and_always_hold_zero():
 
 
 def test_an_unknown_layer_is_named():
-    with pytest.raises(InputError, match="no layer block.conv9"):
+    with pytest.raises(InputError, match=r"no layer block\.conv9"):
         prepare(residual_model(), {"block.conv9": STATIC, "wide": DYNAMIC}, {})
 
 

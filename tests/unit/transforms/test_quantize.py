@@ -136,9 +136,9 @@ def test_an_activation_grid_holds_zero_and_covers_the_range_within_half_a_step(l
 
 
 def test_activation_grids_by_hand():
-    assert activation_grid(0.0, 2.55) == (pytest.approx(0.01), -128)
-    assert activation_grid(-2.55, 0.0) == (pytest.approx(0.01), 127)
-    assert activation_grid(-1.0, 1.0) == (pytest.approx(2 / 255), 0)
+    assert activation_grid(0.0, 2.55) == pytest.approx((0.01, -128))
+    assert activation_grid(-2.55, 0.0) == pytest.approx((0.01, 127))
+    assert activation_grid(-1.0, 1.0) == pytest.approx((2 / 255, 0))
     # a range above zero is widened down to zero
     assert activation_grid(1.0, 2.55) == activation_grid(0.0, 2.55)
     assert activation_grid(0.0, 0.0)[0] > 0
