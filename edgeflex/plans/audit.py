@@ -118,7 +118,7 @@ def check_plan(table: CostTable, plan: Plan) -> Footprint:
         *_origin_faults(table, plan),
         *_broken(table, plan.budget, taken, counted),
         *_prediction_faults(plan.predicted, counted),
-        *_claim_faults(table, plan.budget, plan.proof, counted),
+        *_claim_faults(plan.budget, plan.proof, counted),
     ]
     _refuse(where, faults)
     return counted
@@ -250,7 +250,7 @@ def _near(claimed: float, counted: float) -> bool:
     return math.isfinite(claimed) and abs(claimed - counted) <= _RELATIVE * max(abs(claimed), abs(counted)) + _TINY
 
 
-def _claim_faults(table: CostTable, budget: Budget, proof: Proof, counted: Footprint) -> Iterator[str]:
+def _claim_faults(budget: Budget, proof: Proof, counted: Footprint) -> Iterator[str]:
     """Hold the proof against the recount and against itself."""
     if proof.minimize != budget.minimize:
         yield f"the proof is about least {proof.minimize}, the budget about least {budget.minimize}."
@@ -270,7 +270,7 @@ def _claim_faults(table: CostTable, budget: Budget, proof: Proof, counted: Footp
 
 
 def _proof_faults(table: CostTable, budget: Budget, solution: Solution, counted: Footprint) -> Iterator[str]:
-    yield from _claim_faults(table, budget, solution.proof, counted)
+    yield from _claim_faults(budget, solution.proof, counted)
     # a plan's proof is about the whole cost table, of which its own table holds one mix: only here do they meet
     if solution.proof.scenarios > len(table.scenarios):
         yield f"{solution.proof.scenarios} scenarios were looked at, it says; the table has {len(table.scenarios)}."

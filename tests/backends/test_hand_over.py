@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch import fx
 
 from edgeflex.exporters.executorch import compare_precisions, program_from_prepared, segment_programs, stored_layers
 from edgeflex.runtimes.executorch import ExecutorchSession
@@ -45,8 +46,9 @@ def test_a_cut_before_a_residual_block_keeps_its_sums_in_int8():
     ranges = record_ranges(model, [images(64, seed=2)])
     mix = {layer.name: STATIC for layer in model.graph.layers if layer.shape.kind is LayerKind.CONV2D}
     prepared = prepare(model, mix, ranges)
-    later = prepared.segments[1].body.graph
-    sums = [node for node in later.nodes if node.op == "call_function" and "add" in str(node.target)]
+    later = prepared.segments[1].get_submodule("body")
+    assert isinstance(later, fx.GraphModule)
+    sums = [node for node in later.graph.nodes if node.op == "call_function" and "add" in str(node.target)]
     assert len(sums) == 1
     assert all("dequantize" in str(source.target) for source in sums[0].all_input_nodes)
     stored = [one for one in stored_layers(program_from_prepared(prepared)) if one.kind is LayerKind.CONV2D]
