@@ -356,6 +356,7 @@ def export(
     *,
     model: Annotated[Path, typer.Option("--model", "-m", help="The folder that fit-exits wrote.")],
     calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
+    device: Annotated[str | None, typer.Option("--device", "-d", help="The profile planned for, if another.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder.")] = Path("bundle"),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -368,7 +369,15 @@ def export(
     from edgeflex.units import format_bytes
 
     made = Plan.parse(read_bytes(plan_file, "plan"), str(plan_file))
-    bundle = flow.export(made, model, calibration, output, overwrite=overwrite, progress=_progress(quiet=quiet))
+    bundle = flow.export(
+        made,
+        model,
+        calibration,
+        output,
+        device=None if device is None else _device(device),
+        overwrite=overwrite,
+        progress=_progress(quiet=quiet),
+    )
     if as_json:
         _print_json(bundle.manifest)
         return

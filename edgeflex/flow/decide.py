@@ -93,6 +93,28 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
     return made
 
 
+def require_own(planned: Plan, calibration_folder: Path, *, device: DeviceProfile | None = None) -> None:
+    """Refuse a plan that planning again from the same calibration and budget does not give.
+
+    Raises:
+        InputError: The file was changed by hand, or belongs to another calibration or device.
+    """
+    _, _, own, _, _ = open_calibration(calibration_folder)
+    if planned.device_digest != (device or own).digest():
+        raise InputError(
+            f"the plan is for device {planned.device_digest[:12]}, this is {(device or own).digest()[:12]}. "
+            "Pass the --device it was planned with, or plan again."
+        )
+    again = plan(calibration_folder, planned.budget, device=device, threads=planned.threads)
+    kept = ("name", "scenario", "thresholds", "choices", "exit_shares", "predicted", "memory", "certificate")
+    changed = [name for name in kept if getattr(again, name) != getattr(planned, name)]
+    if changed:
+        raise InputError(
+            f"planning again gives another {', '.join(changed)} than the plan's. It was changed, or the calibration "
+            "was; run edgeflex plan again."
+        )
+
+
 def _with_safety(chosen: Any, folder: Calibration, budget: Budget, candidates: Candidates) -> Any:
     """Return the pick with a path of ever more careful thresholds before it, judged on the choosing images."""
     from edgeflex.costs.policies import exit_outputs, judge, safety_path

@@ -187,7 +187,6 @@ def fit_exits(
     """Train an exit after each stage and write the model folder; a killed run goes on where it stopped."""
     import shutil
 
-    from edgeflex.bundle import seen_text
     from edgeflex.files import refuse_output
     from edgeflex.images import open_images
     from edgeflex.models import HeadSpec, default_stages, load_module, save_model, stages, trace
@@ -214,8 +213,7 @@ def fit_exits(
         progress=progress,
         journal=journal,
     )
-    save_model(fitted, out, overwrite=overwrite)
-    write_atomic(out / "seen.txt", seen_text(item.digest for item in images.items))
+    save_model(fitted, out, overwrite=overwrite, seen=[item.digest for item in images.items])
     shutil.rmtree(journal, ignore_errors=True)
     return fitted
 
@@ -340,7 +338,10 @@ def calibrate(
         for role, precisions in (*uniform, *mixed):
             calibration.measure_mix(folder, model, precisions, evaluate, role)
             advance(1)
-        table, _ = assemble.assemble(folder, model.graph, device, capabilities, threads=threads, here=here)
+        # from the seeds alone, so that a repeated calibration asks for the very same mixes
+        table, _ = assemble.assemble(
+            folder, model.graph, device, capabilities, threads=threads, here=here, seeds_only=True
+        )
         for solution in _frontier(table, mixes):
             calibration.measure_mix(folder, model, assemble.mix_of(solution.choices), evaluate)
             advance(1)

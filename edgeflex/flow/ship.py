@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
 from edgeflex.files import read_bytes, staged_folder, write_atomic
-from edgeflex.flow.decide import open_calibration, sweep
+from edgeflex.flow.decide import open_calibration, require_own, sweep
 from edgeflex.flow.measure import BACKEND, versions
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import (
     BenchResult,
     BundleManifest,
+    DeviceProfile,
     Plan,
     Precision,
     RunStats,
@@ -39,6 +40,7 @@ def export(
     calibration_folder: Path,
     out: Path,
     *,
+    device: DeviceProfile | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -62,6 +64,7 @@ def export(
         )
     folder, _, _, table, _ = open_calibration(calibration_folder)
     precisions = mix_of(planned.choices)
+    require_own(planned, calibration_folder, device=device)
     with heard.task("Exporting", 4) as advance, staged_folder(out, overwrite=overwrite) as staging:
         prepared = prepare(model, precisions, folder.ranges())
         advance(1)

@@ -6,7 +6,7 @@ A folder holds ``model.json`` (how the structure is rebuilt, and what fitting fo
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, fx, nn
 
 from edgeflex import files
+from edgeflex.bundle import seen_text
 from edgeflex.errors import InputError, UnsupportedError
 from edgeflex.models import cut, heads
 from edgeflex.models.heads import HeadSpec
@@ -195,8 +196,8 @@ def graph_from_module(
     )
 
 
-def save_model(model: DynamicModel, folder: Path, *, overwrite: bool = False) -> None:
-    """Write ``model`` into ``folder``, whole or not at all.
+def save_model(model: DynamicModel, folder: Path, *, overwrite: bool = False, seen: Iterable[str] = ()) -> None:
+    """Write ``model`` into ``folder``, whole or not at all, with the digests of the images that fitted it.
 
     Raises:
         InputError: ``folder`` is not empty and ``overwrite`` is false, or cannot be written.
@@ -206,6 +207,7 @@ def save_model(model: DynamicModel, folder: Path, *, overwrite: bool = False) ->
     with files.staged_folder(folder, overwrite=overwrite) as staging:
         files.write_atomic(staging / _MODEL_FILE, model.recipe.model_dump_json(indent=2))
         files.write_atomic(staging / _WEIGHTS_FILE, save(state))
+        files.write_atomic(staging / "seen.txt", seen_text(seen))
 
 
 def open_model(folder: Path) -> DynamicModel:
