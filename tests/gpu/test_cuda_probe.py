@@ -1,0 +1,19 @@
+"""What the CUDA probe says about a real device; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgeflex.profiles.cuda import cuda
+from edgeflex.schema import Tier
+
+
+@pytest.mark.needs_gpu
+def test_a_cuda_device_gives_links_and_rates_that_were_measured():
+    found = cuda()
+    assert found is not None
+    ways = {(link.source, link.target) for link in found.links}
+    assert {(Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)} <= ways
+    assert all(link.bytes_per_s.value > 1e8 and link.bytes_per_s.origin == "measured" for link in found.links)
+    rates = {rate.precision: rate.ops_per_s.value for rate in found.compute}
+    assert rates["fp16"] > rates["fp32"] / 2
