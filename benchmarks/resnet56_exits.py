@@ -21,13 +21,14 @@ import torch
 
 from edgeflex import flow
 from edgeflex.bundle import open_bundle, seen_digests
-from edgeflex.costs.policies import exit_outputs, oracle
+from edgeflex.costs.policies import exit_outputs
 from edgeflex.exporters.executorch import lower
 from edgeflex.images import open_images
 from edgeflex.models import assemble, load_module, open_model
 from edgeflex.models.dynamic import DynamicModel, state_of
 from edgeflex.profiles import load
 from edgeflex.runtimes.executorch import ExecutorchSession
+from edgeflex.runtimes.quality import oracle_exits
 from edgeflex.runtimes.segments import all_exits
 from edgeflex.schema import Budget, Precision
 from edgeflex.transforms import prepare, record_ranges
@@ -144,7 +145,8 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
     right = answers[np.arange(len(where)), where] == labels
     base = float((reference == labels).mean())
     ladder = np.cumsum(planned.predicted.block_latency_s)
-    oracle_accuracy, oracle_s = oracle(outputs, planned.predicted.block_latency_s)
+    oracle_accuracy = float(outputs.correct.any(axis=1).mean())
+    oracle_s = float(ladder[oracle_exits(outputs.correct)].mean())
     rows = [
         ("test images (never used for choosing)", f"{len(labels)}"),
         ("fp32 full depth accuracy", f"{base:.4f}"),
@@ -163,7 +165,7 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
         ("exit shares", " ".join(f"{(taken == k).mean():.2f}" for k in range(len(thresholds)))),
         ("accuracy of each exit alone", " ".join(f"{one:.3f}" for one in outputs.correct.mean(0))),
         ("time to each exit, promised us", " ".join(f"{one * 1e6:.0f}" for one in ladder)),
-        ("oracle: first right exit", f"{oracle_accuracy:.4f} at {oracle_s * 1e6:.1f} us"),
+        ("oracle: first right exit, else the last", f"{oracle_accuracy:.4f} at {oracle_s * 1e6:.1f} us"),
         ("proof", f"{planned.proof.status}, gap {planned.proof.gap:.2%}"),
     ]
     width = max(len(name) for name, _ in rows)

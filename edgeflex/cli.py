@@ -53,6 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
+PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; those of the plan if absent.")]
 Data = Annotated[Path, typer.Option("--data", help="Images: a folder or zip of class/NAME.(jpg|png).")]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="Weights: .safetensors, .pt or .th (no code is run from it).")
@@ -393,7 +394,7 @@ def run(
     *,
     data: Data,
     runtime: Annotated[str, typer.Option("--runtime", help="What runs it.")] = "executorch",
-    threads: Threads = 1,
+    threads: PlanThreads = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Raw samples.")] = Path("stats.json"),
     as_json: Json = False,
@@ -424,7 +425,7 @@ def bench(
     data: Data,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
-    threads: Threads = 1,
+    threads: PlanThreads = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("bench.json"),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -450,7 +451,7 @@ def verify(
     data: Data,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
-    threads: Threads = 1,
+    threads: PlanThreads = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("verify.json"),
     as_json: Json = False,
     quiet: Quiet = False,

@@ -111,8 +111,11 @@ class ImageFolder:
         return np.array([item.label for item in self.items], dtype=np.int64)
 
     def digest(self) -> str:
-        """Return the SHA-256 over classes, labels and image digests; the order of files has no part."""
-        lines = sorted(f"{self.classes[item.label]} {item.digest}" for item in self.items)
+        """Return the SHA-256 over classes, labels and image digests, in the order of the items.
+
+        What is kept by index (splits, cached features) holds for this very order only.
+        """
+        lines = [f"{self.classes[item.label]} {item.digest}" for item in self.items]
         return hashlib.sha256("\n".join([*self.classes, *lines]).encode()).hexdigest()
 
     def read(self, index: int) -> bytes:

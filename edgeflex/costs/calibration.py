@@ -116,7 +116,13 @@ def measure_sensitivity(
     ranges = calibration.ranges()
     indices = calibration.part("choose")[:_SENSITIVITY_IMAGES]
     prefix = _Prefix(model, _batches(images, indices, model))
-    save_array(calibration.folder / "sensitivity" / "baseline.npy", prefix.probabilities().numpy())
+    baseline = prefix.probabilities().numpy()
+    if len(baseline) < len(indices):
+        progress.note(
+            f"layer sensitivity is measured on {len(baseline)} images instead of {len(indices)}: the activations of "
+            f"more do not fit in {_CACHE_BYTES >> 30} GiB"
+        )
+    save_array(calibration.folder / "sensitivity" / "baseline.npy", baseline)
     with progress.task("Measuring layer sensitivity", len(todo)) as advance:
         for layer, precision in todo:
             segment = prepare_segment(model.segments[layer.segment], layer.segment, {layer.name: precision}, ranges)

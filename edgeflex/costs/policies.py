@@ -82,7 +82,12 @@ def reach_of(taken: NDArray[np.int64], exits: int) -> tuple[float, ...]:
 def judge(outputs: ExitOutputs, thresholds: Thresholds, block_cost: Sequence[float]) -> Policy:
     """Return the policy with its reach, error and mean cost on ``outputs``."""
     taken = exits_taken(outputs, thresholds)
-    reach = reach_of(taken, outputs.exits)
+    # what no image here reached, another may, unless an earlier exit lets everything leave
+    least = 1.0 / (len(taken) + 1)
+    reach = tuple(
+        share if share > 0 or 0.0 in thresholds[:index] else least
+        for index, share in enumerate(reach_of(taken, outputs.exits))
+    )
     right = outputs.correct[np.arange(len(taken)), taken]
     cost = float(np.dot(reach, np.asarray(block_cost)))
     return Policy(thresholds, reach, float(1.0 - right.mean()), cost)
@@ -100,7 +105,7 @@ def _cut(confidence: NDArray[np.float64], leave: NDArray[np.float64], stay: NDAr
     best = int(np.argmin(np.where(possible, gain, np.inf)))
     if best == 0:
         return None
-    return float(ranked[best - 1]) if best == len(order) else float((ranked[best - 1] + ranked[best]) / 2)
+    return 0.0 if best == len(order) else float((ranked[best - 1] + ranked[best]) / 2)
 
 
 def _descend(outputs: ExitOutputs, start: Thresholds, costs: NDArray[np.float64], price: float) -> Thresholds:
@@ -224,14 +229,3 @@ def paired_losses(
     """Return [plans, n] losses against full depth: 1 where only the reference is right, -1 where only the plan."""
     wrong = [(~outputs.correct[np.arange(len(outputs.correct)), exits_taken(outputs, one)]) for one in thresholds]
     return np.stack(wrong).astype(np.float64) - (~reference.correct[:, -1]).astype(np.float64)
-
-
-def oracle(outputs: ExitOutputs, block_cost: Sequence[float]) -> tuple[float, float]:
-    """Return accuracy and mean cost of the best possible exit per image: the first right one, else the first.
-
-    An image that no exit gets right leaves at once: nothing is gained by going on.
-    """
-    cumulative = np.cumsum(np.asarray(block_cost, dtype=np.float64))
-    right = outputs.correct.any(axis=1)
-    first = np.where(right, outputs.correct.argmax(axis=1), 0)
-    return float(right.mean()), float(cumulative[first].mean())

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
+from collections.abc import Mapping  # noqa: TC003 - pydantic resolves it
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +28,26 @@ from edgeflex.files import read_bytes, write_atomic
 from edgeflex.schema import Noun, Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+_FILES = (
+    "calibration.json",
+    "candidates.json",
+    "device.json",
+    "graph.json",
+    "kernels.partial",
+    "ranges.json",
+    "seen.txt",
+    "table.json",
+)
 SHARES = {"choose": 0.4, "certify": 0.4, "test": 0.2}
 CANDIDATE_ROLE = "candidate"
 
 
 class CalibrationMeta(Noun):
-    """What a calibration folder belongs to; another model, data or seed is another folder."""
+    """What a calibration folder belongs to; another model, data, seed, machine or version is another folder."""
 
     schema_version: int = 1
     weights_digest: str
@@ -44,7 +55,9 @@ class CalibrationMeta(Noun):
     seed: int
     shares: dict[str, float]
     backend: str
-    reference_accuracy: float | None = None
+    threads: int = 1
+    machine: str = ""
+    versions: Mapping[str, str] = {}
 
 
 class MixRecord(Noun):
@@ -78,6 +91,16 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_atomic(path, buffer.getvalue())
+
+
+def _map_array(path: Path) -> NDArray[Any]:
+    """Return an array that stays on disk until it is looked at; outputs of many mixes need not fit in memory."""
+    if not path.is_file():
+        read_bytes(path, "calibration file")  # says what is wrong with the path
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise _damaged(path, error) from None
 
 
 def _load_array(path: Path) -> NDArray[Any]:
@@ -115,8 +138,8 @@ class Calibration:
         path = folder / "calibration.json"
         if path.exists():
             found = cls.open(folder)
-            same = ("weights_digest", "images_digest", "seed", "shares", "backend")
-            different = [name for name in same if getattr(found.meta, name) != getattr(meta, name)]
+            fields = sorted(set(CalibrationMeta.model_fields) - {"schema_version"})
+            different = [name for name in fields if getattr(found.meta, name) != getattr(meta, name)]
             if different:
                 raise InputError(
                     f"{str(folder)!r} holds a calibration with another {', '.join(different)}. "
@@ -167,6 +190,17 @@ class Calibration:
         """Return the labels of a part."""
         return _load_array(self.folder / "labels.npy")[self.part(part)]
 
+    def samples(self) -> NDArray[np.float32]:
+        """Return the inputs whose outputs a bundle carries, [samples, C, H, W]."""
+        return _load_array(self.folder / "samples.npy")
+
+    def clear(self) -> None:
+        """Delete what calibrating wrote, and nothing else that stands in the folder."""
+        for name in ("mixes", "sensitivity"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in (*self.folder.glob("*.npy"), *(self.folder / name for name in _FILES)):
+            path.unlink(missing_ok=True)
+
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Return the recorded activation ranges."""
         path = self.folder / "ranges.json"
@@ -190,11 +224,11 @@ class Calibration:
 
     def sensitivity(self, layer: str, precision: Precision) -> NDArray[np.float32]:
         """Return the probabilities [n, exits, classes] with one layer quantised."""
-        return _load_array(self.sensitivity_path(layer, precision)).astype(np.float32)
+        return _map_array(self.sensitivity_path(layer, precision)).astype(np.float32, copy=False)
 
     def baseline(self) -> NDArray[np.float32]:
         """Return the unquantised probabilities on the sensitivity images."""
-        return _load_array(self.folder / "sensitivity" / "baseline.npy").astype(np.float32)
+        return _map_array(self.folder / "sensitivity" / "baseline.npy").astype(np.float32, copy=False)
 
     def sensitivity_labels(self) -> NDArray[np.int64]:
         """Return the labels of the sensitivity images, the first of the choose part."""
@@ -224,8 +258,8 @@ class Calibration:
         return Mix(
             name,
             _load_record(self.folder / "mixes" / f"{name}.json"),
-            _load_array(self.folder / "mixes" / f"{name}.choose.npy"),
-            _load_array(self.folder / "mixes" / f"{name}.certify.npy"),
+            _map_array(self.folder / "mixes" / f"{name}.choose.npy"),
+            _map_array(self.folder / "mixes" / f"{name}.certify.npy"),
         )
 
     def mixes(self) -> tuple[Mix, ...]:

@@ -101,7 +101,7 @@ def fit_memory(graph: ModelGraph, measured: Sequence[tuple[Mapping[str, Precisio
         slope = float(np.clip(slope, 0.9, 1.5))
     else:
         slope = 1.0
-    constant = float(np.median(peaks - slope * stored))
+    constant = float((peaks - slope * stored).max())  # a plan must not need more than it says
     return MemoryModel(max(0, round(constant)), slope)
 
 

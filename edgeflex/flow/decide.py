@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.costs.store import Calibration
+    from edgeflex.plans.choose import Pick
 
 
 def open_calibration(folder: Path) -> tuple[Calibration, ModelGraph, DeviceProfile, CostTable, Candidates]:
@@ -43,13 +44,15 @@ def open_calibration(folder: Path) -> tuple[Calibration, ModelGraph, DeviceProfi
     def document(kind: Any, name: str) -> Any:
         return kind.parse(read_bytes(folder / name, "calibration file"), str(folder / name))
 
-    return (
-        opened,
-        document(ModelGraph, "graph.json"),
-        document(DeviceProfile, "device.json"),
-        document(CostTable, "table.json"),
-        document(Candidates, "candidates.json"),
-    )
+    graph, device = document(ModelGraph, "graph.json"), document(DeviceProfile, "device.json")
+    table, candidates = document(CostTable, "table.json"), document(Candidates, "candidates.json")
+    made_from = (table.graph_digest, table.device_digest, candidates.table_digest)
+    if made_from != (graph.digest(), device.digest(), table.digest()):
+        raise InputError(
+            f"the calibration in {str(folder)!r} was begun again and is not finished. Run the same edgeflex "
+            "calibrate again."
+        )
+    return opened, graph, device, table, candidates
 
 
 def solve_table(table_file: Path, budget: Budget) -> Solution:
@@ -62,7 +65,12 @@ def solve_table(table_file: Path, budget: Budget) -> Solution:
     return solution
 
 
-def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | None = None, threads: int = 1) -> Plan:
+def _bare(device: DeviceProfile) -> str:
+    """Return a profile's identity without its kernels: calibration adds those of its model."""
+    return device.model_copy(update={"kernels": ()}).digest()
+
+
+def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | None = None) -> Plan:
     """Return the certified plan for a budget; nothing is measured."""
     from edgeflex.costs import assemble
     from edgeflex.plans import choose, solve
@@ -70,10 +78,11 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
     from edgeflex.registry import EXPORTERS
 
     folder, graph, own, table, candidates = open_calibration(calibration_folder)
-    if device is not None and device.digest() != own.digest():
+    threads, samples = folder.meta.threads, len(folder.part("choose"))
+    if device is not None and _bare(device) != _bare(own):
         capabilities = EXPORTERS.row(BACKEND).capabilities
         table, candidates = assemble.assemble(folder, graph, device, capabilities, threads=threads, here=False)
-    chosen = choose.pick(table, candidates.candidates, budget)
+    chosen = choose.pick(table, candidates.candidates, budget, samples=samples)
     notes: list[str] = []
     try:
         solution = solve(table, budget)
@@ -81,8 +90,10 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
     except InfeasibleError:
         if chosen is None:
             raise
-        notes.append("the additive loss model of the table is too pessimistic here; the drop was measured instead")
-        solution = solve(table, budget.model_copy(update={"max_drop": None}))
+        notes.append(
+            "the table's own estimate finds no plan here; what ships was measured, and the bound leaves it out"
+        )
+        solution = solve(table, budget.model_copy(update={"max_drop": None, "latency": ()}))
     if chosen is None:
         raise _unmeasured(table, candidates, budget)
     chosen = _with_safety(chosen, folder, budget, candidates)
@@ -99,13 +110,12 @@ def require_own(planned: Plan, calibration_folder: Path, *, device: DeviceProfil
     Raises:
         InputError: The file was changed by hand, or belongs to another calibration or device.
     """
-    _, _, own, _, _ = open_calibration(calibration_folder)
-    if planned.device_digest != (device or own).digest():
+    again = plan(calibration_folder, planned.budget, device=device)
+    if planned.device_digest != again.device_digest:
         raise InputError(
-            f"the plan is for device {planned.device_digest[:12]}, this is {(device or own).digest()[:12]}. "
+            f"the plan is for device {planned.device_digest[:12]}, this is {again.device_digest[:12]}. "
             "Pass the --device it was planned with, or plan again."
         )
-    again = plan(calibration_folder, planned.budget, device=device, threads=planned.threads)
     kept = ("name", "scenario", "thresholds", "choices", "exit_shares", "predicted", "memory", "certificate")
     changed = [name for name in kept if getattr(again, name) != getattr(planned, name)]
     if changed:
@@ -115,7 +125,7 @@ def require_own(planned: Plan, calibration_folder: Path, *, device: DeviceProfil
         )
 
 
-def _with_safety(chosen: Any, folder: Calibration, budget: Budget, candidates: Candidates) -> Any:
+def _with_safety(chosen: Pick, folder: Calibration, budget: Budget, candidates: Candidates) -> Pick:
     """Return the pick with a path of ever more careful thresholds before it, judged on the choosing images."""
     from edgeflex.costs.policies import exit_outputs, judge, safety_path
     from edgeflex.costs.table import scenario_of
@@ -127,7 +137,7 @@ def _with_safety(chosen: Any, folder: Calibration, budget: Budget, candidates: C
         scenario_of(judge(outputs, thresholds, block_s), 1.0 - candidates.reference_accuracy, f"careful {index}")
         for index, thresholds in enumerate(safety_path(chosen.chain[0].thresholds[:-1]))
     ]
-    return choose.lengthened(chosen, path, budget)
+    return choose.lengthened(chosen, path, budget, samples=len(folder.part("choose")))
 
 
 def _unmeasured(table: CostTable, candidates: Candidates, budget: Budget) -> InfeasibleError:
@@ -162,7 +172,7 @@ def _paired_losses(folder: Calibration, mix: str) -> Callable[[Sequence[Scenario
 
 
 def _plan_document(
-    chosen: Any,
+    chosen: Pick,
     scenario: Scenario,
     budget: Budget,
     graph: ModelGraph,

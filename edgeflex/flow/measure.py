@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InputError
-from edgeflex.files import write_atomic
+from edgeflex.files import read_bytes, write_atomic
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import (
     Budget,
@@ -25,7 +25,7 @@ from edgeflex.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -41,6 +41,7 @@ BACKEND = "executorch"
 _KERNEL_SAMPLES = 15
 _TIMING_IMAGES = 32
 _SAMPLES = 2
+_FEWEST_IMAGES = 20
 
 
 def versions() -> dict[str, str]:
@@ -271,9 +272,8 @@ def _with_kernels(
     jobs = dict.fromkeys(
         KernelJob(layer.shape, precision, threads) for layer in graph.layers for precision in options[layer.name]
     )
-    kernels = measure_kernels(
-        tuple(jobs), run=_kernel_runner(), journal=journal, context=device.name, progress=progress
-    )
+    context = f"{_machine_name()} {sorted(versions().items())}"
+    kernels = measure_kernels(tuple(jobs), run=_kernel_runner(), journal=journal, context=context, progress=progress)
     known = {(one.shape, one.precision, one.threads) for one in kernels}
     kept = tuple(one for one in device.kernels if (one.shape, one.precision, one.threads) not in known)
     return device.model_copy(update={"kernels": (*kernels, *kept)})
@@ -297,8 +297,6 @@ def calibrate(
     Writes the calibration folder with ``graph.json``, ``device.json``, ``table.json`` and
     ``candidates.json``, which are all that planning needs.
     """
-    import shutil
-
     from edgeflex.costs import assemble, calibration, store
     from edgeflex.costs.table import layer_options
     from edgeflex.images import open_images, split
@@ -315,12 +313,17 @@ def calibrate(
         seed=seed,
         shares=shares or store.SHARES,
         backend=BACKEND,
+        threads=threads,
+        machine=_machine_name(),
+        versions=versions(),
     )
     if overwrite and (out / "calibration.json").exists():
-        shutil.rmtree(out)  # only ever a calibration: any other folder is refused below
+        store.Calibration(out, meta).clear()
     folder = store.Calibration.create(out, meta)
     if not folder.has("labels.npy"):
-        folder.write_split(split(images, meta.shares, seed), images.labels, seed)
+        parts = split(images, meta.shares, seed)
+        _refuse_few(parts, images)
+        folder.write_split(parts, images.labels, seed)
     write_atomic(out / "graph.json", _pretty(model.graph))
     _keep_samples(folder, images, model)
     capabilities = EXPORTERS.row(BACKEND).capabilities
@@ -351,6 +354,24 @@ def calibrate(
     return candidates
 
 
+def _machine_name() -> str:
+    """Return what times depend on beside versions: the processor and what it can do."""
+    from edgeflex.profiles.machine import machine
+
+    facts = machine()
+    return f"{facts.cpu_model} {' '.join(facts.isa)}"
+
+
+def _refuse_few(parts: Mapping[str, NDArray[np.int64]], images: ImageFolder) -> None:
+    """Refuse a folder too small to choose or to certify anything, before hours are spent on it."""
+    counts = {name: len(parts[name]) for name in ("choose", "certify")}
+    if min(counts.values()) < _FEWEST_IMAGES:
+        raise InputError(
+            f"{len(images)} images in {str(images.source)!r} leave {counts['choose']} to choose and "
+            f"{counts['certify']} to certify; at least {_FEWEST_IMAGES} each are needed. Give more images."
+        )
+
+
 def _check_classes(model: DynamicModel, images: ImageFolder) -> None:
     if model.graph.classes and tuple(model.graph.classes) != tuple(images.classes):
         raise InputError(
@@ -361,8 +382,7 @@ def _check_classes(model: DynamicModel, images: ImageFolder) -> None:
 
 def _refuse_fitted(model_folder: Path, images: ImageFolder) -> None:
     """Refuse images that the heads were fitted on: confidence on them is not what new images get."""
-    path = model_folder / "seen.txt"
-    fitted = set(path.read_text(encoding="ascii").split()) if path.exists() else set()
+    fitted = set(read_bytes(model_folder / "seen.txt", "list of fitted images").decode("ascii").split())
     common = sum(item.digest in fitted for item in images.items)
     if common:
         raise InputError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.bundle import Bundle
+    from edgeflex.costs.store import MixRecord
     from edgeflex.transforms import PreparedModel
 
 # How far ExecuTorch may differ from the reference, in probability. Float differs by summation order; int8
@@ -45,11 +46,11 @@ def export(
     progress: Progress | None = None,
 ) -> Bundle:
     """Write the bundle of a plan, read it back and hold it against plan and reference."""
-    import numpy as np
     from safetensors.numpy import save
 
     from edgeflex.bundle import EXPECTED, PROGRAM, SEEN, seal, write_manifest
     from edgeflex.costs.assemble import mix_of
+    from edgeflex.costs.store import mix_digest
     from edgeflex.exporters import executorch as exporter
     from edgeflex.models import open_model
     from edgeflex.plans import choose
@@ -69,11 +70,12 @@ def export(
         prepared = prepare(model, precisions, folder.ranges())
         advance(1)
         program = exporter.program_from_prepared(prepared)
+        _refuse_other_program(program, folder.mix(mix_digest(precisions)).record)
         held = exporter.compare_precisions(program, model.graph, precisions)
         advance(1)
         write_atomic(staging / "program.pte", exporter.padded(program, planned.predicted.disk_bytes))
         segments = exporter.segment_programs(prepared, model.graph)
-        samples = np.load(folder.folder / "samples.npy", allow_pickle=False)
+        samples = folder.samples()
         reference, tolerance = _held_against_reference(prepared, staging / "program.pte", segments, samples, held)
         advance(1)
         write_atomic(staging / "expected.safetensors", save({"inputs": samples, "probabilities": reference}))
@@ -100,12 +102,21 @@ def export(
     return open_bundle(out)
 
 
+def _refuse_other_program(program: bytes, record: MixRecord) -> None:
+    """Refuse a program of another size than the one that was calibrated: its network's code has changed."""
+    if len(program) != record.program_bytes:
+        raise InputError(
+            f"the program is {len(program)} bytes, the one that was calibrated {record.program_bytes}: the network or "
+            "the exporter has changed since. Calibrate and plan again."
+        )
+
+
 def _seen(model_folder: Path, calibration_folder: Path) -> str:
     """Return the digests of every image that fitted, chose or certified anything."""
     from edgeflex.bundle import seen_text
 
     lists = [calibration_folder / "seen.txt", model_folder / "seen.txt"]
-    texts = [read_bytes(path, "list of used images").decode("ascii") for path in lists if path.exists()]
+    texts = [read_bytes(path, "list of used images").decode("ascii") for path in lists]
     return seen_text(digest for text in texts for digest in text.split())
 
 
@@ -142,21 +153,22 @@ def run(
     data: Path,
     *,
     runtime: str = BACKEND,
-    threads: int = 1,
+    threads: int | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> RunStats:
-    """Run a bundle on a folder of images and return the raw samples."""
+    """Run a bundle on a folder of images and return the raw samples; threads are the plan's unless given."""
     from edgeflex.bundle import open_bundle
     from edgeflex.images import open_images
     from edgeflex.profiles.machine import conditions, machine
     from edgeflex.runtimes.recorder import run_images
 
+    bundle = open_bundle(bundle_folder)
     return run_images(
-        open_bundle(bundle_folder),
+        bundle,
         open_images(data),
         runtime=runtime,
-        threads=threads,
+        threads=threads or bundle.manifest.plan.threads,
         limit=limit,
         device=machine().cpu_model or "unknown processor",
         conditions=conditions,
@@ -170,7 +182,7 @@ def bench(
     *,
     images: int = 200,
     repeats: int = 5,
-    threads: int = 1,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure a bundle's latency and memory against what its plan promised, on images that it has not seen."""
@@ -189,7 +201,7 @@ def bench(
         bundle,
         folder.load(indices, preprocessing),
         repeats=repeats,
-        threads=threads,
+        threads=threads or bundle.manifest.plan.threads,
         device=machine().cpu_model or "unknown processor",
         conditions=conditions,
         progress=progress,
@@ -202,7 +214,7 @@ def verify(
     *,
     model_folder: Path | None = None,
     limit: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Hold a bundle's accuracy, parity and size against its manifest."""
@@ -212,7 +224,14 @@ def verify(
 
     bundle = open_bundle(bundle_folder)
     reference = _full_depth(model_folder, bundle) if model_folder is not None else None
-    return check(bundle, open_images(data), max_images=limit, threads=threads, reference=reference, progress=progress)
+    return check(
+        bundle,
+        open_images(data),
+        max_images=limit,
+        threads=threads or bundle.manifest.plan.threads,
+        reference=reference,
+        progress=progress,
+    )
 
 
 def _full_depth(model_folder: Path, bundle: Bundle) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

@@ -99,8 +99,21 @@ def _objective(costs: Footprint, latency: Mapping[Statistic, float], drop: float
     return float(sum(costs.memory_bytes.get(tier, 0) for tier in tiers))
 
 
-def pick(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> Pick | None:
+def _latency(block_s: Sequence[float], reach: Sequence[float], samples: int | None) -> dict[Statistic, float]:
+    """Return the statistics to hold against limits: percentiles as of a reach that sampling may have hidden."""
+    found = latency_statistics(block_s, reach)
+    if samples is not None:
+        raised = latency_statistics(block_s, shifted(reach, samples, 1.0))
+        found.update({name: raised[name] for name in _QUANTILES})
+    return found
+
+
+def pick(
+    table: CostTable, candidates: Sequence[Candidate], budget: Budget, *, samples: int | None = None
+) -> Pick | None:
     """Return the best measured candidate within every budget, or None.
+
+    With ``samples``, the number of choosing images, percentile limits are held with the sampling error of reach.
 
     ``chain`` ends with the scenario of best objective whose drop on the choosing images is within ``max_drop``;
     before it stand slower scenarios of less drop, safest first and each faster than the one before, all within
@@ -112,7 +125,7 @@ def pick(table: CostTable, candidates: Sequence[Candidate], budget: Budget) -> P
         costs = footprint(own, 0, candidate.choices)
         ranked = []
         for scenario in candidate.scenarios:
-            latency = latency_statistics(costs.block_latency_s, scenario.reach)
+            latency = _latency(costs.block_latency_s, scenario.reach, samples)
             if _within(costs, latency, budget):
                 ranked.append((_objective(costs, latency, scenario.loss, budget), scenario, latency["mean"]))
         allowed = [one for one in ranked if budget.max_drop is None or one[1].loss <= budget.max_drop]
@@ -138,12 +151,12 @@ def _staircase(slower: Sequence[tuple[float, float, Scenario]]) -> list[Scenario
     return kept[-_MOST_TESTED:]
 
 
-def lengthened(chosen: Pick, safer: Sequence[Scenario], budget: Budget) -> Pick:
+def lengthened(chosen: Pick, safer: Sequence[Scenario], budget: Budget, *, samples: int | None = None) -> Pick:
     """Return the pick with still safer scenarios before its chain, as far as they are within the budgets."""
     fits = [
         one
         for one in safer
-        if _within(chosen.costs, latency_statistics(chosen.costs.block_latency_s, one.reach), budget)
+        if _within(chosen.costs, _latency(chosen.costs.block_latency_s, one.reach, samples), budget)
     ]
     table = chosen.table.model_copy(update={"scenarios": (*chosen.table.scenarios, *fits)})
     return Pick(chosen.candidate, chosen.costs, (*fits, *chosen.chain), chosen.objective, table)
@@ -186,21 +199,20 @@ def certified(
         candidates=len(chosen.chain),
         certified_index=index,
         drop=float(row.mean()),
-        drop_upper_bound=min(bound, limit),
+        drop_upper_bound=limit,
     )
 
 
 def _refuse(chosen: Pick, budget: Budget, matrix: NDArray[np.float64]) -> NoReturn:
-    bounds = [upper_bound(row, budget.confidence) for row in matrix]
-    least = min(bounds)
-    safest = chosen.chain[bounds.index(least)]
-    mean_s = latency_statistics(chosen.costs.block_latency_s, safest.reach)["mean"]
+    # only the first row was fixed before any was looked at; rounded up, so that it passes when it is asked for
+    least = math.ceil(upper_bound(matrix[0], budget.confidence) * 1e4) / 1e4
+    mean_s = latency_statistics(chosen.costs.block_latency_s, chosen.chain[0].reach)["mean"]
     limit = budget.max_drop or 0.0
     needed = samples_needed(matrix[0], limit, budget.confidence) if limit > 0 else None
     more = f" or give calibrate about {needed / matrix.shape[1]:.1f} times as many images" if needed else ""
     raise InfeasibleError(
         f"a drop of at most {format_share(limit)} cannot be promised with {format_share(budget.confidence, 0)} "
-        f"confidence from {matrix.shape[1]} images: the least that can is {format_share(least)}, at "
+        f"confidence from {matrix.shape[1]} images: the safest plan can promise {format_share(least)}, at "
         f"{format_time(mean_s)} and {format_bytes(sum(chosen.costs.memory_bytes.values()))}. "
         f"Pass --max-drop {least * 100:.2f}%{more}.",
         binding=("max drop",),
@@ -220,20 +232,35 @@ def latency_intervals(
 ) -> dict[Statistic, Interval]:
     """Return each latency statistic with its range.
 
-    The range holds the error of the latency model and, for the mean, twice the standard error of the exit
-    shares, which come from ``samples`` images.
+    The range holds the error of the latency model and that of the exit shares, which come from ``samples``
+    images: twice the standard error, for the mean of the mean, for percentiles of the share that goes on.
     """
-    cumulative = list(accumulate(predicted.block_latency_s))
+    block_s = predicted.block_latency_s
+    cumulative = list(accumulate(block_s))
     mean_s = predicted.latency_s["mean"]
     shares = exit_shares(reach)
     variance = sum(share * (seconds - mean_s) ** 2 for share, seconds in zip(shares, cumulative, strict=True))
     sampling_s = 2.0 * math.sqrt(variance / max(1, samples))
+    fewer = latency_statistics(block_s, shifted(reach, samples, -1.0))
+    more = latency_statistics(block_s, shifted(reach, samples, 1.0))
     found: dict[Statistic, Interval] = {}
     for statistic, value in predicted.latency_s.items():
-        extra = sampling_s if statistic == "mean" else 0.0
-        low, high = value * (1.0 - relative_error) - extra, value * (1.0 + relative_error) + extra
+        low_s, high_s, extra = (value, value, sampling_s) if statistic == "mean" else (value, value, 0.0)
+        if statistic in _QUANTILES:
+            low_s, high_s = fewer[statistic], more[statistic]
+        low, high = low_s * (1.0 - relative_error) - extra, high_s * (1.0 + relative_error) + extra
         found[statistic] = Interval(value=value, low=max(0.0, low), high=high)
     return found
+
+
+def shifted(reach: Sequence[float], samples: int, by: float) -> tuple[float, ...]:
+    """Return the reach moved by ``by`` times twice its standard error on ``samples`` images.
+
+    A percentile jumps where reach crosses its share; a plan that stands at the edge would break it half the time.
+    """
+    return tuple(
+        min(1.0, max(0.0, share + by * 2.0 * math.sqrt(share * (1.0 - share) / max(1, samples)))) for share in reach
+    )
 
 
 def objective_of(predicted: Footprint, budget: Budget) -> float:

@@ -8,6 +8,7 @@ bytes stand in.
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,7 @@ def run_images(
     before = conditions()
     zeros = np.zeros(manifest.segments[0].input_shape, dtype=np.float32)
     session = open_session(bundle, runtime, threads)
+    gc.collect()  # garbage that is freed while the model loads would hide as many of its bytes
     recorder = Recorder(session, manifest.plan.thresholds, clock=clock)
     with session, (progress or Silent()).task("run", count) as advance:
         recorder.warm(zeros)

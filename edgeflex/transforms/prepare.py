@@ -207,10 +207,13 @@ class _StaticRewrite:
         self.static = static
         self.ranges = ranges
         self.modules = dict(module.named_modules())
+        self.sharing: dict[fx.Node, list[fx.Node]] = {}
 
     def apply(self) -> None:
         """Rewrite the graph in place."""
         carried = _int8_values(self.graph, self.modules, self.static)
+        for node, grid_of in carried.items():
+            self.sharing.setdefault(grid_of, []).append(node)
         arithmetic = [node for node in self.graph.nodes if node.op == "call_module" and node.target in self.static]
         inputs = dict.fromkeys(node.all_input_nodes[0] for node in arithmetic)
         for node in inputs:
@@ -224,12 +227,16 @@ class _StaticRewrite:
         self.module.recompile()
 
     def _grid(self, node: fx.Node) -> tuple[float, int]:
-        key = f"{self.segment}:{node.name}"
-        if key not in self.ranges:
-            raise InputError(
-                f"no activation range was recorded for {key!r}. Calibrate this very model again: edgeflex calibrate."
-            )
-        return activation_grid(*self.ranges[key])
+        """Return the grid of a node: it covers everything that lives on it."""
+        found = []
+        for member in dict.fromkeys((node, *self.sharing.get(node, ()))):
+            key = f"{self.segment}:{member.name}"
+            if key not in self.ranges:
+                raise InputError(
+                    f"no activation range was recorded for {key!r}. Calibrate this very model: edgeflex calibrate."
+                )
+            found.append(self.ranges[key])
+        return activation_grid(min(low for low, _ in found), max(high for _, high in found))
 
     def _round(self, node: fx.Node, grid_of: fx.Node, readers: list[fx.Node]) -> None:
         scale, zero_point = self._grid(grid_of)
@@ -356,8 +363,8 @@ def _hand_over(earlier: fx.GraphModule, later: fx.GraphModule) -> None:
     readers = list(entry.users)
     restored = features.op == "call_function" and features.target is ops.dequantize_per_tensor.default
     rounded = len(readers) == 1 and readers[0].target is ops.quantize_per_tensor.default
-    if not (restored and rounded):
-        return
+    if not (restored and rounded) or tuple(features.args[1:]) != tuple(readers[0].args[1:]):
+        return  # a later concatenation or pool fixes a grid of its own; only equal grids may cross as integers
     values, *grid = features.args
     result.args = ((values, logits),)
     earlier.graph.eliminate_dead_code()

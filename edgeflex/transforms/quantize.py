@@ -19,6 +19,8 @@ INT4_LOW, INT4_HIGH = -8, 7
 INT4_INPUT_MULTIPLE = 32
 _ACTIVATION_LOW, _ACTIVATION_HIGH = -128, 127
 _SMALLEST_SCALE = 1e-8
+# An activation that was 0 on every calibration image still needs a grid that XNNPACK can requantise from.
+_SMALLEST_ACTIVATION_SCALE = 1e-4
 # Shrinking a 4-bit range trades rare large weights for a finer grid; 8 bits gain nothing measurable.
 _INT4_SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
 
@@ -95,6 +97,6 @@ def quantize_weight(weight: torch.Tensor, precision: Precision) -> QuantizedWeig
 def activation_grid(low: float, high: float) -> tuple[float, int]:
     """Return scale and zero point of the int8 grid that covers ``low`` to ``high`` and holds 0 exactly."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / (_ACTIVATION_HIGH - _ACTIVATION_LOW), _SMALLEST_SCALE)
+    scale = max((high - low) / (_ACTIVATION_HIGH - _ACTIVATION_LOW), _SMALLEST_ACTIVATION_SCALE)
     zero_point = round(_ACTIVATION_LOW - low / scale)
     return scale, max(_ACTIVATION_LOW, min(_ACTIVATION_HIGH, zero_point))

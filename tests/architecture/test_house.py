@@ -112,8 +112,14 @@ def test_nothing_is_unpickled():
         assert not (called.startswith("pickle.") and called.split(".")[-1] in UNPICKLING), name
 
 
+def test_numpy_files_are_read_by_what_never_unpickles():
+    # np.load can unpickle; open_memmap refuses objects by itself, read_array is told to
+    assert [name for name, _, called in calls() if called in {"np.load", "numpy.load"}] == []
+
+
 @pytest.mark.parametrize(
-    ("function", "option", "value"), [("torch.load", "weights_only", True), ("np.load", "allow_pickle", False)]
+    ("function", "option", "value"),
+    [("torch.load", "weights_only", True), ("np.lib.format.read_array", "allow_pickle", False)],
 )
 def test_loaders_that_could_run_code_are_told_not_to(function: str, option: str, value: bool):
     loose = [f"{name}:{call.lineno}" for name, call, called in calls() if called == function]

@@ -180,7 +180,9 @@ def test_the_fit_lives_with_noise_and_says_how_far_it_is_off():
     ]
     found = fit_latency(graph(), lone_times(), observations, call_s=0.0, layer_error=0.5)
     errors = [
-        sum(predicted_segments_s(found, graph(), one.precisions)) / sum(one.segment_s) - 1.0 for one in observations
+        sum(predicted_segments_s(found, graph(), one.precisions)[:depth]) / sum(one.segment_s[:depth]) - 1.0
+        for one in observations
+        for depth in range(1, graph().segment_count + 1)
     ]
     assert found.relative_error == pytest.approx(max(MEASURED_ERROR, *(abs(error) for error in errors)))
     assert 0.05 < found.relative_error < 0.3
@@ -255,3 +257,14 @@ def test_predictions_add_up_over_layers():
         times = lone_times()
         expected = FIXED[2] + times["wide", wide] * SCALES[wide] + times["last", last] * SCALES[last]
         assert segment == pytest.approx(expected)
+
+
+def test_a_segment_too_short_to_time_does_not_turn_the_fit_over():
+    truth = planted(SCALES, FIXED, 8e-10)
+    observations = [Observation(mix, predicted_segments_s(truth, graph(), mix)) for mix in random_mixes(20)]
+    torn = observations[0].segment_s
+    observations[0] = Observation(observations[0].precisions, (*torn[:-1], 1e-7))
+    found = fit_latency(graph(), lone_times(), observations, call_s=1e-6, layer_error=0.5)
+    for one in observations[1:]:
+        predicted = sum(predicted_segments_s(found, graph(), one.precisions))
+        assert predicted == pytest.approx(sum(one.segment_s), rel=0.1)

@@ -18,7 +18,6 @@ from edgeflex.costs.policies import (
     exit_outputs,
     exits_taken,
     judge,
-    oracle,
     paired_losses,
     policy_pool,
     reach_of,
@@ -185,14 +184,3 @@ def test_paired_losses_are_one_where_only_the_reference_is_right():
     assert losses.tolist() == [[0.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     drop = judge(plan, (0.8,), (1.0, 1.0)).error - judge(reference, (None,), (1.0, 1.0)).error
     assert losses[0].mean() == pytest.approx(drop)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_no_policy_beats_the_oracle(seed: int):
-    found = outputs(seed, 15)
-    accuracy, cost = oracle(found, COSTS)
-    for policy in every_policy(found):
-        assert 1.0 - policy.error <= accuracy + 1e-12
-        if 1.0 - policy.error >= accuracy - 1e-12:
-            assert policy.cost >= cost - 1e-12

@@ -258,8 +258,8 @@ def test_what_cannot_be_promised_is_refused_with_what_can(limit: float, count: i
     message = str(error)
     assert f"from {count} images" in message
     assert error.relaxation in message
-    least_s = {40: "2.00 ms", 2000: "1.50 ms"}[count] if limit else "2.00 ms"
-    assert f"at {least_s} and 1.95 KiB" in message
+    # the safest plan's promise, though a bolder one might have shown less by luck
+    assert "at 2.00 ms and 1.95 KiB" in message
     # more images help only where the mean is below the limit
     assert ("times as many images" in message) is (count == 40)
 
