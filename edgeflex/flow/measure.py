@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeflex.errors import InputError
+from edgeflex.errors import InfeasibleError, InputError
 from edgeflex.files import read_bytes, write_atomic
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import (
@@ -42,6 +42,8 @@ _KERNEL_SAMPLES = 15
 _TIMING_IMAGES = 32
 _SAMPLES = 2
 _FEWEST_IMAGES = 20
+# A drop that users would still call small: the fast mixes worth measuring are those within it.
+_FAST_DROP = 0.03
 
 
 def versions() -> dict[str, str]:
@@ -406,13 +408,23 @@ def _keep_samples(folder: Calibration, images: ImageFolder, model: DynamicModel)
 
 
 def _frontier(table: CostTable, points: int) -> tuple[Solution, ...]:
-    """Return the table's best plans over a sweep of memory, and over a sweep of drop."""
+    """Return the table's best plans over sweeps: least drop by memory and by latency, least latency by memory."""
     from edgeflex.plans import frontier
 
-    shares: dict[Literal["memory", "latency"], int] = {"memory": (points + 1) // 2, "latency": points // 2}
-    return tuple(
-        solution
-        for over, count in shares.items()
-        if count
-        for solution in frontier(table, Budget(minimize="drop"), over=over, points=count)
+    # without a limit on the drop, the least latency is to leave at once, whatever the deeper layers are
+    fast = Budget(minimize="latency", max_drop=max(_FAST_DROP, min(one.loss for one in table.scenarios)))
+    accurate = Budget(minimize="drop")
+    sweeps: tuple[tuple[Budget, Literal["memory", "latency"]], ...] = (
+        (accurate, "memory"),
+        (fast, "memory"),
+        (accurate, "latency"),
     )
+    found: list[Solution] = []
+    for index, (budget, over) in enumerate(sweeps):
+        count = (points + len(sweeps) - 1 - index) // len(sweeps)
+        if count:
+            try:
+                found.extend(frontier(table, budget, over=over, points=count))
+            except InfeasibleError:
+                continue  # no mix is that accurate by the table's estimate; the other sweeps stand
+    return tuple(found)
