@@ -210,8 +210,7 @@ def plan_text(made: Plan) -> str:
         lines.append(
             f"Accuracy promise: drop at most {format_share(certificate.drop_limit)} with "
             f"{format_share(certificate.confidence, 0)} confidence, by {certificate.test} on {certificate.samples} "
-            f"images that chose nothing (seen there: {format_share(certificate.drop)}, upper bound "
-            f"{format_share(certificate.drop_upper_bound)})"
+            f"images that chose nothing (seen there: {format_share(certificate.drop)})"
         )
     lines += [f"note: {note}" for note in made.notes]
     return "\n\n".join([*parts, "\n".join(lines)])
