@@ -39,7 +39,7 @@ def segment_seconds(
     session: Session,
     images: Float32,
     *,
-    rounds: int = 60,
+    rounds: int = 240,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, ...]:
     """Return the median seconds that each segment adds, host overhead included.

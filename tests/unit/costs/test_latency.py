@@ -179,12 +179,12 @@ def test_the_fit_lives_with_noise_and_says_how_far_it_is_off():
         for mix in random_mixes(40)
     ]
     found = fit_latency(graph(), lone_times(), observations, call_s=0.0, layer_error=0.5)
-    errors = [
-        sum(predicted_segments_s(found, graph(), one.precisions)[:depth]) / sum(one.segment_s[:depth]) - 1.0
+    errors = sorted(
+        abs(sum(predicted_segments_s(found, graph(), one.precisions)[:depth]) / sum(one.segment_s[:depth]) - 1.0)
         for one in observations
         for depth in range(1, graph().segment_count + 1)
-    ]
-    assert found.relative_error == pytest.approx(max(MEASURED_ERROR, *(abs(error) for error in errors)))
+    )
+    assert np.mean([error <= found.relative_error for error in errors]) == pytest.approx(0.9, abs=0.02)
     assert 0.05 < found.relative_error < 0.3
 
 
