@@ -102,7 +102,7 @@ def _latency_model(
         for layer in graph.layers
         for precision in options[layer.name]
     }
-    observations = [Observation(mix.record.precisions, mix.record.segment_s) for mix in mixes] if here else []
+    observations = _observations(mixes) if here else []
     return fit_latency(
         graph,
         {key: time.seconds for key, time in times.items()},
@@ -110,6 +110,21 @@ def _latency_model(
         call_s=device.call_s.value if device.call_s else 0.0,
         layer_error=max(time.relative_error for time in times.values()),
     )
+
+
+def _observations(mixes: Sequence[Mix]) -> list[Observation]:
+    """Return the measured programs as if all had been timed while the machine was at its fastest.
+
+    Mixes are timed minutes apart; on a shared or throttling machine its speed drifts in between, by far more
+    than mixes differ. The yardstick that ran beside each tells by how much.
+    """
+    steady = [mix.record.yardstick_s for mix in mixes if mix.record.yardstick_s]
+    best_s = min(steady, default=0.0)
+    found = []
+    for mix in mixes:
+        slower = mix.record.yardstick_s / best_s if mix.record.yardstick_s and best_s else 1.0
+        found.append(Observation(mix.record.precisions, tuple(seconds / slower for seconds in mix.record.segment_s)))
+    return found
 
 
 def _pools(

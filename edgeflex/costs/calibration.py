@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,13 +28,30 @@ _SENSITIVITY_IMAGES = 512
 _CACHE_BYTES = 1 << 30
 
 
-class Evaluate(Protocol):
-    """Runs a prepared model for real: probabilities on the indices given, seconds per segment, bytes."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What running a prepared model for real gave.
 
-    def __call__(
-        self, prepared: PreparedModel, indices: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], tuple[float, ...], int, int | None]:
-        """Return (probabilities [n, exits, classes], segment seconds, program bytes, memory bytes)."""
+    Attributes:
+        outputs: Probabilities [n, exits, classes].
+        segment_s: Seconds of each segment.
+        yardstick_s: Seconds of one fixed piece of work, timed in between.
+        program_bytes: Size of the program.
+        memory_bytes: What it added to the process.
+    """
+
+    outputs: NDArray[np.float32]
+    segment_s: tuple[float, ...]
+    yardstick_s: float
+    program_bytes: int
+    memory_bytes: int | None
+
+
+class Evaluate(Protocol):
+    """Runs a prepared model for real on the images with the given indices."""
+
+    def __call__(self, prepared: PreparedModel, indices: NDArray[np.int64]) -> Evaluation:
+        """Return what it gave."""
 
 
 def _batches(images: ImageFolder, indices: NDArray[np.int64], model: DynamicModel) -> Iterator[torch.Tensor]:
@@ -143,13 +161,14 @@ def measure_mix(
     if not calibration.has_mix(precisions):
         prepared = prepare(model, precisions, calibration.ranges())
         choose, certify = calibration.part("choose"), calibration.part("certify")
-        outputs, segment_s, program_bytes, memory_bytes = evaluate(prepared, np.concatenate([choose, certify]))
+        found = evaluate(prepared, np.concatenate([choose, certify]))
         record = MixRecord(
             precisions=dict(prepared.precisions),
-            segment_s=segment_s,
-            program_bytes=program_bytes,
-            memory_bytes=memory_bytes,
+            segment_s=found.segment_s,
+            yardstick_s=found.yardstick_s,
+            program_bytes=found.program_bytes,
+            memory_bytes=found.memory_bytes,
             role=role,
         )
-        calibration.write_mix(record, outputs[: len(choose)], outputs[len(choose) :])
+        calibration.write_mix(record, found.outputs[: len(choose)], found.outputs[len(choose) :])
     return calibration.records()[name]

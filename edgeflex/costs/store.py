@@ -61,10 +61,14 @@ class CalibrationMeta(Noun):
 
 
 class MixRecord(Noun):
-    """One measured mix: its precisions, and what its program costs on the device that measured it."""
+    """One measured mix: its precisions, and what its program costs on the device that measured it.
+
+    ``yardstick_s`` is the time that one fixed piece of work took in between.
+    """
 
     precisions: dict[str, Precision]
     segment_s: tuple[float, ...]
+    yardstick_s: float | None = None
     program_bytes: int
     memory_bytes: int | None = None
     role: str = CANDIDATE_ROLE

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeflex.costs.calibration import Evaluate
+    from edgeflex.costs.calibration import Evaluate, Evaluation
     from edgeflex.costs.store import Calibration
     from edgeflex.images import ImageFolder
     from edgeflex.models import DynamicModel
@@ -224,8 +224,19 @@ def fit_exits(
 # --- calibrate ---------------------------------------------------------------------------------------
 
 
+def _yardstick() -> Callable[[], object]:
+    """Return a fixed piece of work, some tens of microseconds, that tells how fast the machine is just now."""
+    import numpy as np
+
+    # vector arithmetic in cache and, unlike a matrix product, surely in one thread
+    values = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
+    result = np.empty_like(values)
+    return lambda: np.exp(values, out=result)
+
+
 def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evaluate:
     """Return a function that exports a prepared model and runs it for real on images of the folder."""
+    from edgeflex.costs.calibration import Evaluation
     from edgeflex.exporters.executorch import program_from_prepared, segment_programs
     from edgeflex.runtimes.executorch import ExecutorchSession
     from edgeflex.runtimes.recorder import memory_now
@@ -235,9 +246,9 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evalua
         for start in range(0, len(indices), 64):
             yield images.load(indices[start : start + 64], _preprocessing(model))
 
-    def evaluate(
-        prepared: PreparedModel, indices: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], tuple[float, ...], int, int | None]:
+    yardstick = _yardstick()
+
+    def evaluate(prepared: PreparedModel, indices: NDArray[np.int64]) -> Evaluation:
         program = program_from_prepared(prepared)
         with tempfile.TemporaryDirectory(prefix="edgeflex-") as folder:
             path = Path(folder) / "program.pte"
@@ -253,8 +264,8 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evalua
                 session.infer(sample[:1], never)
                 memory_bytes = memory_now().above(before)
                 outputs = all_exits(session, batches(indices))
-                seconds = segment_seconds(session, sample)
-        return outputs, seconds, len(program), memory_bytes
+                seconds, steady_s = segment_seconds(session, sample, yardstick=yardstick)
+        return Evaluation(outputs, seconds, steady_s, len(program), memory_bytes)
 
     return evaluate
 

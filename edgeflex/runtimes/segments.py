@@ -39,10 +39,14 @@ def segment_seconds(
     session: Session,
     images: Float32,
     *,
+    yardstick: Callable[[], object],
     rounds: int = 240,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, ...]:
-    """Return the median seconds that each segment adds, host overhead included.
+) -> tuple[tuple[float, ...], float]:
+    """Return the median seconds that each segment adds, host overhead included, and those of a yardstick.
+
+    The yardstick is the same work in every measurement; by it, programs that were timed minutes apart on a
+    machine whose speed drifts can be held against each other.
 
     Every round forces an exit at each depth in turn, forwards and then backwards (A B … B A), so that a slow
     spell of the machine falls on all depths alike; a segment is the difference of two neighbouring depths.
@@ -50,14 +54,19 @@ def segment_seconds(
     Args:
         session: Open.
         images: [n, C, H, W]; rounds take them in turn.
+        yardstick: Called and timed once a round.
         rounds: Rounds to time, after a quarter as many to warm up.
         clock: Seconds, rising.
     """
     depth = session.segment_count
     forced = [tuple(0.0 if index == end else None for index in range(depth)) for end in range(depth)]
     taken: list[list[float]] = [[] for _ in range(depth)]
+    steady: list[float] = []
     for number in range(rounds + rounds // 4):
         x = np.ascontiguousarray(images[number % len(images)][None])
+        start = clock()
+        yardstick()
+        steady.append(clock() - start)
         order = range(depth) if number % 2 == 0 else range(depth - 1, -1, -1)
         for end in order:
             start = clock()
@@ -66,4 +75,5 @@ def segment_seconds(
             if number >= rounds // 4:
                 taken[end].append(seconds)
     cumulative = [float(np.median(one)) for one in taken]
-    return tuple(max(_LEAST_S, later - earlier) for earlier, later in zip([0.0, *cumulative], cumulative, strict=False))
+    parts = zip([0.0, *cumulative], cumulative, strict=False)
+    return tuple(max(_LEAST_S, later - earlier) for earlier, later in parts), float(np.median(steady))
