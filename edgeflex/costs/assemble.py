@@ -113,16 +113,16 @@ def _latency_model(
 
 
 def _observations(mixes: Sequence[Mix]) -> list[Observation]:
-    """Return the measured programs as if all had been timed while the machine was at its fastest.
+    """Return the measured programs as if all had been timed at the machine's median speed among them.
 
     Mixes are timed minutes apart; on a shared or throttling machine its speed drifts in between, by far more
     than mixes differ. The yardstick that ran beside each tells by how much.
     """
     steady = [mix.record.yardstick_s for mix in mixes if mix.record.yardstick_s]
-    best_s = min(steady, default=0.0)
+    usual_s = float(np.median(steady)) if steady else 0.0
     found = []
     for mix in mixes:
-        slower = mix.record.yardstick_s / best_s if mix.record.yardstick_s and best_s else 1.0
+        slower = mix.record.yardstick_s / usual_s if mix.record.yardstick_s and usual_s else 1.0
         found.append(Observation(mix.record.precisions, tuple(seconds / slower for seconds in mix.record.segment_s)))
     return found
 
@@ -185,7 +185,10 @@ def assemble(
     outputs = {mix.digest: exit_outputs(mix.choose, labels) for mix in mixes}
     from edgeflex.costs.latency import predicted_segments_s
 
-    block_s = {mix.digest: predicted_segments_s(latency, graph, mix.record.precisions) for mix in mixes}
+    measured = {mix.digest: one.segment_s if here else () for mix, one in zip(mixes, _observations(mixes), strict=True)}
+    block_s = {
+        mix.digest: measured[mix.digest] or predicted_segments_s(latency, graph, mix.record.precisions) for mix in mixes
+    }
     pools = _pools(mixes, outputs, block_s)
     float_mix = mix_digest({})
     reference_error = 1.0 - float(outputs[float_mix].correct[:, -1].mean())
@@ -215,7 +218,8 @@ def assemble(
     return table, Candidates(
         reference_accuracy=1.0 - reference_error,
         candidates=tuple(
-            _candidate(mix, pools[mix.digest], outputs[mix.digest], reference_error, graph) for mix in mixes
+            _candidate(mix, pools[mix.digest], outputs[mix.digest], reference_error, graph, measured[mix.digest])
+            for mix in mixes
         ),
         table_digest=table.digest(),
     )
@@ -234,7 +238,12 @@ def _extra_drops(
 
 
 def _candidate(
-    mix: Mix, pool: Sequence[Policy], outputs: ExitOutputs, reference_error: float, graph: ModelGraph
+    mix: Mix,
+    pool: Sequence[Policy],
+    outputs: ExitOutputs,
+    reference_error: float,
+    graph: ModelGraph,
+    segment_s: tuple[float, ...],
 ) -> Candidate:
     return Candidate(
         mix=mix.digest,
@@ -245,5 +254,6 @@ def _candidate(
         scenarios=tuple(
             scenario_of(policy, reference_error, f"{mix.digest} policy {index}") for index, policy in enumerate(pool)
         ),
+        segment_s=segment_s,
         accuracy=float(outputs.correct[:, -1].mean()),
     )

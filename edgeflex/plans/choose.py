@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p95", "p99", "worst")
 _QUANTILES: Mapping[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _TINY = 1e-12
+# How far the same program may be from itself on another day of the same machine, as a fraction.
+MEASURED_DRIFT = 0.10
 _MOST_TESTED = 24
 
 
@@ -66,7 +68,15 @@ def shipping_table(table: CostTable, candidate: Candidate) -> CostTable:
         )
         for decision in table.decisions
     )
-    return table.model_copy(update={"scenarios": candidate.scenarios, "decisions": free})
+    own = table.model_copy(update={"scenarios": candidate.scenarios, "decisions": free})
+    if not candidate.segment_s:
+        return own
+    # the additive model has done its work in the search; what ran is promised as it ran
+    counted = footprint(own, 0, candidate.choices).block_latency_s
+    fixed_s = tuple(
+        fixed + ran - sum_s for fixed, ran, sum_s in zip(own.fixed_latency_s, candidate.segment_s, counted, strict=True)
+    )
+    return own.model_copy(update={"fixed_latency_s": fixed_s, "latency_relative_error": MEASURED_DRIFT})
 
 
 def latency_statistics(block_s: Sequence[float], reach: Sequence[float]) -> dict[Statistic, float]:
