@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     Precisions = dict[str, Precision]
 
 _PAGE_BYTES = 4096
+_STEADY = 0.1
 # Room for what the file format adds per program, found on no layer; export fills it exactly.
 _PROGRAM_SLACK_BYTES = 4096
 _SMALL_SHARE = 0.05
@@ -116,13 +117,15 @@ def _observations(mixes: Sequence[Mix]) -> list[Observation]:
     """Return the measured programs as if all had been timed at the machine's median speed among them.
 
     Mixes are timed minutes apart; on a shared or throttling machine its speed drifts in between, by far more
-    than mixes differ. The yardstick that ran beside each tells by how much.
+    than mixes differ. The yardstick that ran beside each tells by how much, where it is much.
     """
     steady = [mix.record.yardstick_s for mix in mixes if mix.record.yardstick_s]
     usual_s = float(np.median(steady)) if steady else 0.0
     found = []
     for mix in mixes:
         slower = mix.record.yardstick_s / usual_s if mix.record.yardstick_s and usual_s else 1.0
+        if abs(slower - 1.0) < _STEADY:
+            slower = 1.0  # within its own noise the yardstick would only add to the programs'
         found.append(Observation(mix.record.precisions, tuple(seconds / slower for seconds in mix.record.segment_s)))
     return found
 

@@ -228,10 +228,15 @@ def _yardstick() -> Callable[[], object]:
     """Return a fixed piece of work, some tens of microseconds, that tells how fast the machine is just now."""
     import numpy as np
 
-    # vector arithmetic in cache and, unlike a matrix product, surely in one thread
-    values = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
+    # vector arithmetic in one thread, on so little memory that what ran before cannot push it out of the cache
+    values = np.random.default_rng(0).standard_normal(1 << 12).astype(np.float32)
     result = np.empty_like(values)
-    return lambda: np.exp(values, out=result)
+
+    def work() -> None:
+        for _ in range(12):
+            np.exp(values, out=result)
+
+    return work
 
 
 def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evaluate:
