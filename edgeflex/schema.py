@@ -485,14 +485,15 @@ class Certificate(Noun):
 class Candidate(Noun):
     """A mix of precisions that was run for real, with the exit policies found on its own outputs.
 
-    ``scenarios`` carry the drop measured on the images kept for choosing. ``segment_s`` is what its own
-    program took on the device planned for; empty where it did not run there.
+    ``scenarios`` carry the drop measured on the images kept for choosing. ``segment_s`` and
+    ``memory_bytes`` are what its own program took on the device planned for; empty where it did not run there.
     """
 
     mix: str
     choices: tuple[Choice, ...]
     scenarios: tuple[Scenario, ...]
     segment_s: tuple[float, ...] = ()
+    memory_bytes: int | None = None
     accuracy: float
 
 

@@ -258,5 +258,6 @@ def _candidate(
             scenario_of(policy, reference_error, f"{mix.digest} policy {index}") for index, policy in enumerate(pool)
         ),
         segment_s=segment_s,
+        memory_bytes=mix.record.memory_bytes if segment_s else None,
         accuracy=float(outputs.correct[:, -1].mean()),
     )

@@ -27,6 +27,7 @@ from edgeflex.schema import (
     Scenario,
     Solution,
     Statistic,
+    Tier,
 )
 from edgeflex.units import format_bytes, format_share, format_time
 
@@ -72,11 +73,22 @@ def shipping_table(table: CostTable, candidate: Candidate) -> CostTable:
     if not candidate.segment_s:
         return own
     # the additive model has done its work in the search; what ran is promised as it ran
-    counted = footprint(own, 0, candidate.choices).block_latency_s
+    counted = footprint(own, 0, candidate.choices)
     fixed_s = tuple(
-        fixed + ran - sum_s for fixed, ran, sum_s in zip(own.fixed_latency_s, candidate.segment_s, counted, strict=True)
+        fixed + ran - sum_s
+        for fixed, ran, sum_s in zip(own.fixed_latency_s, candidate.segment_s, counted.block_latency_s, strict=True)
     )
-    return own.model_copy(update={"fixed_latency_s": fixed_s, "latency_relative_error": MEASURED_DRIFT})
+    memory = dict(own.fixed_memory_bytes)
+    if candidate.memory_bytes is not None:
+        beyond_weights = candidate.memory_bytes - counted.memory_bytes[Tier.HOST] + memory.get(Tier.HOST, 0)
+        memory[Tier.HOST] = max(0, beyond_weights)
+    return own.model_copy(
+        update={
+            "fixed_latency_s": fixed_s,
+            "fixed_memory_bytes": memory,
+            "latency_relative_error": MEASURED_DRIFT,
+        }
+    )
 
 
 def latency_statistics(block_s: Sequence[float], reach: Sequence[float]) -> dict[Statistic, float]:
