@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Mapping  # noqa: TC003 - pydantic resolves it
+from collections.abc import Mapping, Sequence  # noqa: TC003 - pydantic resolves it
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +202,11 @@ class Calibration:
         """Delete what calibrating wrote, and nothing else that stands in the folder."""
         for name in ("mixes", "sensitivity"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in (*self.folder.glob("*.npy"), *(self.folder / name for name in _FILES)):
+        for path in (
+            *self.folder.glob("*.npy"),
+            *self.folder.glob("asked-*.json"),
+            *(self.folder / name for name in _FILES),
+        ):
             path.unlink(missing_ok=True)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -237,6 +241,25 @@ class Calibration:
     def sensitivity_labels(self) -> NDArray[np.int64]:
         """Return the labels of the sensitivity images, the first of the choose part."""
         return self.labels("choose")[: len(self.baseline())]
+
+    def asked(self, count: int) -> list[dict[str, Precision]] | None:
+        """Return the mixes that a frontier of ``count`` points asked for, or None if none was computed yet.
+
+        Kept, because times measured anew would move the frontier and ask for other mixes.
+        """
+        path = self.folder / f"asked-{count}.json"
+        if not path.exists():
+            return None
+        try:
+            raw = json.loads(read_bytes(path, "list of mixes"))
+            return [{str(layer): Precision(one) for layer, one in mix.items()} for mix in raw]
+        except (ValueError, AttributeError) as error:
+            raise _damaged(path, error) from None
+
+    def write_asked(self, count: int, mixes: Sequence[Mapping[str, Precision]]) -> None:
+        """Keep what a frontier of ``count`` points asked for."""
+        raw = [{layer: one.value for layer, one in mix.items()} for mix in mixes]
+        write_atomic(self.folder / f"asked-{count}.json", json.dumps(raw, sort_keys=True))
 
     def has_mix(self, precisions: Mapping[str, Precision]) -> bool:
         """Say whether this mix was measured."""
