@@ -359,18 +359,15 @@ def calibrate(
         for role, precisions in (*uniform, *mixed):
             calibration.measure_mix(folder, model, precisions, evaluate, role)
             advance(1)
-        for wanted in folder.asked(mixes) or ():
-            calibration.measure_mix(folder, model, wanted, evaluate)
-            advance(1)
         if folder.asked(mixes) is None:
             # from the seeds alone, so that what is asked for does not depend on how often this was resumed
             table, _ = assemble.assemble(
                 folder, model.graph, device, capabilities, threads=threads, here=here, seeds_only=True
             )
             folder.write_asked(mixes, [assemble.mix_of(one.choices) for one in _frontier(table, mixes)])
-            for wanted in folder.asked(mixes) or ():
-                calibration.measure_mix(folder, model, wanted, evaluate)
-                advance(1)
+        for wanted in folder.asked(mixes) or ():
+            calibration.measure_mix(folder, model, wanted, evaluate)
+            advance(1)
     table, candidates = assemble.assemble(folder, model.graph, device, capabilities, threads=threads, here=here)
     write_atomic(out / "table.json", table.canonical_json())
     write_atomic(out / "candidates.json", candidates.canonical_json())
