@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeflex.costs.latency import LatencyModel, Observation, fit_latency, layer_time
-from edgeflex.costs.policies import exit_outputs, judge, policy_pool
+from edgeflex.costs.latency import LatencyModel, Observation, fit_latency, layer_time, predicted_segments_s
+from edgeflex.costs.policies import anchored, exit_outputs, judge, policy_pool
 from edgeflex.costs.store import CANDIDATE_ROLE, Mix, mix_digest
 from edgeflex.costs.table import (
     Sensitivity,
@@ -186,8 +186,6 @@ def assemble(
     labels = calibration.labels("choose")
     latency = _latency_model(graph, device, options, mixes, threads, here=here)
     outputs = {mix.digest: exit_outputs(mix.choose, labels) for mix in mixes}
-    from edgeflex.costs.latency import predicted_segments_s
-
     measured = {mix.digest: one.segment_s if here else () for mix, one in zip(mixes, _observations(mixes), strict=True)}
     block_s = {
         mix.digest: measured[mix.digest] or predicted_segments_s(latency, graph, mix.record.precisions) for mix in mixes
@@ -232,8 +230,6 @@ def _extra_drops(
     mix: Mix, outputs: ExitOutputs, policies: Sequence[Policy], graph: ModelGraph
 ) -> tuple[Mapping[str, Precision], tuple[float, ...]]:
     """Return how much more a mix errs than fp32 under each policy's exit rates."""
-    from edgeflex.costs.policies import anchored
-
     unit = (1.0,) * graph.segment_count
     return mix.record.precisions, tuple(
         judge(outputs, anchored(outputs, policy.reach), unit).error - policy.error for policy in policies

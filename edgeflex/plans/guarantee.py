@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-TEST_NAME = "fixed sequence of betting tests (goal-directed bets)"
 
 _NORMAL = NormalDist()
 _CAP = 0.99  # of the largest bet that can never lose everything
