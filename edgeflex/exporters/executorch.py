@@ -37,7 +37,7 @@ _JSON_NAMES = {"inf": "Infinity", "nan": "NaN"}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's own notices from the user; its errors still come through."""
     loggers = [logging.getLogger(name) for name in ("torch", "torchao", "executorch", "root", "")]
     levels = [logger.level for logger in loggers]
@@ -66,7 +66,7 @@ def lower(modules: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    with _quiet():
+    with quiet_exporter():
         try:
             exported = {
                 name: torch.export.export(module, (example,), strict=False)
