@@ -42,6 +42,8 @@ _EXPECTED_IDENTIFIER = b"ET"
 _VERIFICATION = portable_lib.Verification.InternalConsistency
 _LEAST_SAMPLE_S = 100e-6  # a thousand times the clock's resolution and call cost
 
+_FEW_CLASSES = 64  # up to here a Python list is quicker than a call into torch
+
 # The thread pool belongs to the process and its address is kept in every loaded method.
 _open_sessions: set[int] = set()
 
@@ -143,7 +145,7 @@ class ExecutorchSession:
         except IndexError:
             raise DeviceError("the session is closed. Run inside `with open_session(...)`.") from None
         probabilities = outputs[-1]
-        return outputs[0], probabilities, probabilities.max().item()
+        return outputs[0], probabilities, _largest(probabilities)
 
 
 def set_threads(threads: int) -> None:
@@ -300,6 +302,13 @@ def _tensor(x: Float32) -> torch.Tensor:
     if not (x.flags.c_contiguous and x.flags.writeable):
         x = np.array(x, order="C")
     return torch.from_numpy(x)
+
+
+def _largest(probabilities: torch.Tensor) -> float:
+    """Return the largest of ``[1, classes]``, NaN if they are: softmax leaves either no NaN or nothing else."""
+    if probabilities.numel() <= _FEW_CLASSES:
+        return max(probabilities.tolist()[0])
+    return probabilities.max().item()
 
 
 def _check_input(x: Float32, shape: Sequence[int], what: str, dtype: str = "float32") -> None:

@@ -1,0 +1,545 @@
+"""Runs a decoder's bundle: dense weights in memory, experts through the cache, tokens one by one.
+
+``DecoderSession`` needs NumPy, this processor's native engine and, for text, the package ``tokenizers``; it imports
+neither torch nor ExecuTorch's binding. What it generates does not depend on the size of the cache, the policy,
+prefetching or threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgeflex.bundle_moe import TOKENIZER, open_decoder_bundle
+from edgeflex.errors import BundleError, DeviceError, InputError
+from edgeflex.files import sha256_file
+from edgeflex.progress import Silent
+from edgeflex.runtimes.dense import load_dense
+from edgeflex.runtimes.expert_cache import ExpertCache
+from edgeflex.runtimes.movers import Mover
+from edgeflex.runtimes.native import Engine, kernel_id
+from edgeflex.runtimes.packed import open_packed
+from edgeflex.runtimes.policies import make_policy
+from edgeflex.runtimes.prefetch import EarlyRouter, Predictor
+from edgeflex.runtimes.recorder import memory_now
+from edgeflex.runtimes.residency import Pass, Residency, cache_limit, trace_of
+from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
+from edgeflex.schema import Conditions
+from edgeflex.schema_moe import DecoderCacheStats, DecoderRunStats, TokenTime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from edgeflex.progress import Progress
+    from edgeflex.runtimes.packed import PackedStore
+    from edgeflex.runtimes.prefetch import Guesser
+    from edgeflex.runtimes.sampling import Decoding
+    from edgeflex.runtimes.trace import Trace
+    from edgeflex.schema_moe import DecoderManifest
+
+    StoppedBy = Literal["end", "length", "stop", "context", "interrupt"]
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_PASSES = 32  # the engine's log of events is emptied at least so often
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run may choose beside its bundle; None takes the plan's.
+
+    Args:
+        cache_bytes: Limit on the bytes of experts in memory.
+        policy: Of the expert cache.
+        threads: Of the kernels.
+        prefetch_depth: Layers ahead whose experts are guessed and read early; 0 reads nothing early.
+        prefetch_by: How they are guessed: from ``statistics`` of what layers used together, or by the ``router`` of
+            those layers, run early.
+        context_tokens: Tokens of prompt and answer together.
+        chunk_tokens: Tokens of a prompt that are read in one pass.
+        seed: Of the policy ``random``.
+        static: For the policy ``static``: (layer, expert) pairs, the most valuable first.
+        prefetch_worth: Share of the early read bytes that must get used; below it reading early stops.
+        record: Keep every event, for a trace.
+    """
+
+    cache_bytes: int | None = None
+    policy: str | None = None
+    threads: int | None = None
+    prefetch_depth: int | None = None
+    context_tokens: int | None = None
+    chunk_tokens: int | None = None
+    seed: int = 0
+    static: Iterable[tuple[int, int]] | None = None
+    prefetch_worth: float = 0.5
+    prefetch_by: Literal["statistics", "router"] = "statistics"
+    record: bool = False
+
+
+@dataclass
+class _Run:
+    """One generation while it happens."""
+
+    number: int
+    prompt_tokens: int
+    before: DecoderCacheStats
+    uses: NDArray[np.int64]
+    tokens: list[int] = field(default_factory=list)
+    times: list[TokenTime] = field(default_factory=list)
+    first_token_s: float = 0.0
+    stopped_by: StoppedBy = "length"
+
+
+class DecoderSession:
+    """A bundle ready to answer; a context manager that loads inside ``with``. One thread of control at a time.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        settings: What differs from the plan.
+        progress: Told about packing, which happens once per bundle and processor.
+        mover: Makes the readers of the arena; a test of faults gives its own.
+        clock: Seconds, rising.
+
+    Raises:
+        InputError: A setting is impossible.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: DecoderManifest,
+        settings: Settings | None = None,
+        *,
+        progress: Progress | None = None,
+        mover: Callable[..., Mover] = Mover,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        plan, chosen = manifest.plan, settings or Settings()
+        self.folder = folder
+        self.manifest = manifest
+        self.policy = chosen.policy or plan.policy
+        self.threads = plan.threads if chosen.threads is None else chosen.threads
+        self.prefetch_depth = plan.prefetch_depth if chosen.prefetch_depth is None else chosen.prefetch_depth
+        self.context_tokens = plan.context_tokens if chosen.context_tokens is None else chosen.context_tokens
+        chunk_tokens = plan.prefill_chunk_tokens if chosen.chunk_tokens is None else chosen.chunk_tokens
+        self.chunk_tokens = min(chunk_tokens, self.context_tokens)
+        self.cache_bytes = plan.cache_bytes if chosen.cache_bytes is None else chosen.cache_bytes
+        self._settings = chosen
+        self._check()
+        self._progress = progress or Silent()
+        self._make_mover = mover
+        self._clock = clock
+        self._memory = memory_now()
+        self._engine: Engine | None = None
+        self._experts: Residency | None = None
+        self._store: PackedStore | None = None
+        self._dense: NDArray[np.uint8] | None = None
+        self._load_s = 0.0
+        self._position = 0
+        self._unread: list[int] = []  # answered, and not yet in the key-value cache
+        self._disturbed = False
+        self._run: _Run | None = None
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | Path, settings: Settings | None = None, *, progress: Progress | None = None
+    ) -> DecoderSession:
+        """Return a session over the bundle in ``path``, to be entered with ``with``.
+
+        Raises:
+            InputError: ``path`` is no folder, or a setting is impossible.
+            BundleError: The manifest is absent or damaged or not a decoder's, or a file is missing or of another size.
+        """
+        bundle = open_decoder_bundle(Path(path))
+        return cls(bundle.path, bundle.manifest, settings, progress=progress)
+
+    # --- opening and closing --------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Load the dense weights, packing all weights first where that was never done for this processor.
+
+        Raises:
+            BundleError: A file is missing or damaged.
+            DeviceError: The disk is full or fails, or memory is short.
+            InputError: The cache does not hold one expert, or the policy is unknown.
+        """
+        start = self._clock()
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+        self._load_s = self._clock() - start
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing. ``stats`` of the last generation stay readable."""
+        if self._experts is not None:
+            self._experts.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._experts = self._store = None
+        self._dense = None
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that loading took; 0 before ``with``."""
+        return self._load_s
+
+    @property
+    def position(self) -> int:
+        """Tokens in the key-value cache."""
+        return self._position
+
+    @property
+    def reading(self) -> str:
+        """How experts are read: ``direct`` (past the page cache) or ``buffered`` (dropped from it after reading)."""
+        return self._opened()[1].reading
+
+    def trace(self) -> Trace:
+        """Return the routing of all generations so far, for which ``Settings.record`` asked.
+
+        Raises:
+            InputError: Nothing was recorded.
+        """
+        _, experts = self._opened()
+        if not self._disturbed:
+            experts.settle()
+        return trace_of(experts.events, self.store, self.manifest.graph.name)
+
+    @property
+    def store(self) -> PackedStore:
+        """The packed weights."""
+        if self._store is None:
+            raise _closed()
+        return self._store
+
+    def tokenizer(self) -> Decoding:
+        """Return the bundle's tokenizer.
+
+        Raises:
+            BundleError: The bundle has none, or it is damaged.
+            MissingDependencyError: The package ``tokenizers`` is absent.
+        """
+        entry = next((one for one in self.manifest.files if one.role == TOKENIZER), None)
+        if entry is None:
+            raise BundleError(f"{self.folder}: the bundle holds no tokenizer. Export it again, or pass token numbers.")
+        path = self.folder / entry.path
+        if not path.is_file() or sha256_file(path) != entry.sha256:
+            raise BundleError(f"{path}: missing, or not what the manifest says. Copy the bundle again.")
+        return load_tokenizer(path)
+
+    # --- answering ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampler: Callable[[NDArray[np.float32]], int] | None = None,
+        stops: Callable[[int], bool] | None = None,
+        *,
+        continued: bool = False,
+    ) -> Generator[int, None, None]:
+        """Check the prompt now, and return an iterator that gives tokens as they are made.
+
+        It ends after an end token (which is given too), after ``max_tokens``, when ``stops`` says so, when the
+        context is full, and on Ctrl-C with what was said so far; ``stats().stopped_by`` tells which.
+
+        Args:
+            prompt: Token numbers, at least one.
+            max_tokens: At most so many.
+            sampler: Chooses from logits ``[vocabulary]``; greedily by default.
+            stops: Told each token, says whether to end after it.
+            continued: The prompt follows what was read and said before, which stays in the context.
+
+        Raises:
+            InputError: The prompt is empty or too long, or a token does not exist.
+            DeviceError: The session is closed.
+        """
+        engine, experts = self._opened()
+        tokens = [*(self._unread if continued else ()), *prompt]
+        position = self._position if continued else 0
+        self._check_prompt(prompt, position + len(tokens), max_tokens)
+        if self._disturbed:
+            experts.reset(self._new_cache())
+            self._disturbed = False
+        self._position, self._unread = position, []
+        number = 0 if self._run is None else self._run.number + 1
+        run = _Run(number, len(prompt), experts.cache.stats(), experts.uses())
+        self._run = run
+        return self._answer(engine, experts, run, tokens, max_tokens, sampler or Sampler(), stops)
+
+    def _answer(
+        self,
+        engine: Engine,
+        experts: Residency,
+        run: _Run,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampler: Callable[[NDArray[np.float32]], int],
+        stops: Callable[[int], bool] | None,
+    ) -> Generator[int, None, None]:
+        try:
+            self._disturbed = True  # until a pass has ended well
+            start = self._begin(engine, experts)
+            self._read(engine, experts, run, prompt)
+            while True:
+                token = sampler(engine.logits())
+                self._note(engine, experts, run, token, self._clock() - start)
+                ended = self._ended(run, token, max_tokens, stops)
+                self._disturbed = False
+                run.stopped_by = ended or "interrupt"  # what is true if the caller leaves here
+                yield token
+                if ended:
+                    return
+                self._refuse_rival(run)
+                self._disturbed = True
+                start = self._begin(engine, experts)
+                experts.begin(Pass(run.number, self._position, 0, decoding=True))
+                self._forward(engine, experts, [token])
+                if len(run.tokens) % _DRAIN_PASSES == 0:
+                    experts.settle()
+        except KeyboardInterrupt:
+            run.stopped_by = "interrupt"
+
+    def _refuse_rival(self, run: _Run) -> None:
+        if self._run is not run or self._engine is None:
+            raise DeviceError("another generation was begun on this session, or it was closed. Begin anew.")
+
+    def _read(self, engine: Engine, experts: Residency, run: _Run, prompt: Sequence[int]) -> None:
+        """Read a prompt in chunks; the logits of its last token are there afterwards."""
+        for first in range(0, len(prompt), self.chunk_tokens):
+            experts.begin(Pass(run.number, self._position, first // self.chunk_tokens, decoding=False))
+            self._forward(engine, experts, prompt[first : first + self.chunk_tokens])
+        experts.settle()
+
+    def _forward(self, engine: Engine, experts: Residency, tokens: Sequence[int]) -> None:
+        """Run one forward pass."""
+        missing = engine.forward(np.asarray(tokens, dtype=np.int32), self._position)
+        while missing is not None:
+            experts.serve(missing)
+            missing = engine.resume()
+        self._position += len(tokens)
+        self._unread = []
+
+    def _begin(self, engine: Engine, experts: Residency) -> float:
+        engine.times()
+        experts.wait_s = 0.0
+        return self._clock()
+
+    def _note(self, engine: Engine, experts: Residency, run: _Run, token: int, total_s: float) -> None:
+        times = engine.times()
+        self._unread = [token]
+        if run.tokens:
+            run.times.append(
+                TokenTime(total_s=total_s, dense_s=times.dense_s, expert_s=times.expert_s, wait_s=experts.wait_s)
+            )
+        else:
+            run.first_token_s = total_s
+        run.tokens.append(token)
+
+    def _ended(self, run: _Run, token: int, max_tokens: int, stops: Callable[[int], bool] | None) -> StoppedBy | None:
+        if token in self.manifest.graph.end_tokens:
+            return "end"
+        if stops is not None and stops(token):
+            return "stop"
+        if len(run.tokens) >= max_tokens:
+            return "length"
+        return "context" if self._position >= self.context_tokens else None
+
+    # --- what happened --------------------------------------------------------------------------------
+
+    def stats(
+        self, *, device: str = "this machine", before: Conditions | None = None, after: Conditions | None = None
+    ) -> DecoderRunStats:
+        """Return the record of the last generation; call it while the session is open.
+
+        ``times`` has one entry per token after the first, whose time is ``first_token_s``; the caller's own time
+        between tokens is in neither. Cache counters are of this generation alone. ``peak_memory_bytes`` are the
+        anonymous bytes that the session added to ``runtime_memory_bytes``, which were there when it was made.
+
+        Raises:
+            DeviceError: The session is closed, or nothing was generated.
+        """
+        _, experts = self._opened()
+        run = self._run
+        if run is None:
+            raise DeviceError("there are no statistics: nothing was generated yet. Call generate first.")
+        if not self._disturbed:
+            experts.settle()
+        return DecoderRunStats(
+            manifest_digest=self.manifest.digest(),
+            device=device,
+            threads=self.threads,
+            prompt_tokens=run.prompt_tokens,
+            tokens=tuple(run.tokens),
+            times=tuple(run.times),
+            first_token_s=run.first_token_s,
+            load_s=self._load_s,
+            peak_memory_bytes=max(0, memory_now().anonymous_bytes - self._memory.anonymous_bytes),
+            runtime_memory_bytes=self._memory.anonymous_bytes,
+            cache=_since(run.before, experts.cache.stats()),
+            before=before or Conditions(),
+            after=after or Conditions(),
+            expert_uses=tuple(map(tuple, (experts.uses() - run.uses).tolist())),
+            stopped_by=run.stopped_by,
+        )
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        faults = [
+            f"{value} {what}: at least {least} is needed"
+            for value, what, least in (
+                (self.threads, "threads", 1),
+                (self.prefetch_depth, "layers of prefetch", 0),
+                (self.context_tokens, "tokens of context", 2),
+                (self.chunk_tokens, "tokens of a prompt's chunk", 1),
+            )
+            if value < least
+        ]
+        if faults:
+            raise InputError.collect("the run's settings", faults)
+        if self.manifest.backend != "executorch":
+            raise InputError(
+                f"{self.folder}: exported for {self.manifest.backend!r}; this runtime runs bundles for 'executorch'. "
+                "Export it again for executorch."
+            )
+
+    def _check_prompt(self, prompt: Sequence[int], end: int, max_tokens: int) -> None:
+        vocabulary = self.manifest.graph.vocabulary
+        faults = []
+        if not len(prompt):
+            faults.append("it is empty; give at least one token")
+        if end > self.context_tokens:
+            faults.append(
+                f"it ends at token {end} and the context holds {self.context_tokens}; shorten it, or export with more "
+                "tokens of context"
+            )
+        unknown = [token for token in prompt if not 0 <= token < vocabulary]
+        if unknown:
+            faults.append(f"token {unknown[0]} does not exist; there are {vocabulary} (0 to {vocabulary - 1})")
+        if max_tokens < 1:
+            faults.append(f"{max_tokens} tokens were asked for; at least 1 is needed")
+        if faults:
+            raise InputError.collect("the prompt", faults)
+
+    def _opened(self) -> tuple[Engine, Residency]:
+        if self._engine is None or self._experts is None:
+            raise _closed()
+        return self._engine, self._experts
+
+    def _load(self) -> None:
+        engine = Engine(
+            self.manifest.graph,
+            context_tokens=self.context_tokens,
+            chunk_tokens=self.chunk_tokens,
+            threads=self.threads,
+        )
+        self._engine = engine
+        self._store = open_packed(self.folder, self.manifest, engine, kernel_id(), self._progress)
+        cache = self._new_cache()
+        self._dense = load_dense(engine, self._store)
+        self._experts = Residency(
+            engine,
+            self._store,
+            cache,
+            self._layers(),
+            predictor=self._predictor(engine, self._store),
+            record=self._settings.record,
+            mover=self._make_mover,
+            clock=self._clock,
+        )
+        logger.debug("experts: %s reads, %d bytes of cache", self._experts.reading, cache.capacity_bytes)
+
+    def _layers(self) -> tuple[int, ...]:
+        return tuple(layer.index for layer in self.manifest.graph.layers if layer.routing is not None)
+
+    def _top_k(self) -> int:
+        return max(
+            (layer.routing.top_k for layer in self.manifest.graph.layers if layer.routing is not None), default=0
+        )
+
+    def _new_cache(self) -> ExpertCache:
+        layers, experts = self.store.sizes.shape
+        policy = make_policy(
+            self.policy,
+            layers=layers,
+            experts=experts,
+            top_k=self._top_k(),
+            seed=self._settings.seed,
+            static=self._settings.static,
+        )
+        limit = cache_limit(self.store, self.cache_bytes)
+        return ExpertCache(limit, self.store.sizes, policy, prefetch_worth=self._settings.prefetch_worth)
+
+    def _predictor(self, engine: Engine, store: PackedStore) -> Guesser | None:
+        if not self.prefetch_depth:
+            return None
+        if self._settings.prefetch_by == "router":
+            return EarlyRouter(self._layers(), self.prefetch_depth, engine.guess)
+        return Predictor(self._layers(), store.sizes.shape[1], self._top_k(), self.prefetch_depth)
+
+
+def stream_text(
+    session: DecoderSession,
+    prompt: str,
+    max_tokens: int,
+    *,
+    sampler: Sampler | None = None,
+    stops: Sequence[str] = (),
+    tokenizer: Decoding | None = None,
+    continued: bool = False,
+) -> Iterator[str]:
+    """Answer text with text, piece by piece; a piece is never half a character and never part of a stop string.
+
+    Raises:
+        InputError: The prompt is empty or too long.
+        BundleError: The bundle has no tokenizer.
+    """
+    known = tokenizer or session.tokenizer()
+    stream = TextStream(known, stops)
+    pieces: list[str] = []
+
+    def said(token: int) -> bool:
+        pieces.append(stream.feed(token))
+        return stream.stopped
+
+    for _ in session.generate(known.encode(prompt).ids, max_tokens, sampler, said, continued=continued):
+        if pieces and any(pieces):
+            yield "".join(pieces)
+        pieces.clear()
+    rest = "".join(pieces) + stream.finish()
+    if rest:
+        yield rest
+
+
+def _closed() -> DeviceError:
+    return DeviceError("the session is closed. Run inside `with DecoderSession.from_bundle(...)`.")
+
+
+def _since(before: DecoderCacheStats, after: DecoderCacheStats) -> DecoderCacheStats:
+    """Return the counters that came after ``before``; limits and the peak as they are."""
+    kept = {"capacity_bytes", "peak_bytes", "prefetch_stopped"}
+    old, new = before.model_dump(), after.model_dump()
+    changed = {
+        name: tuple(a - b for a, b in zip(value, old[name], strict=True))
+        if isinstance(value, tuple)
+        else value - old[name]
+        for name, value in new.items()
+        if name not in kept and not isinstance(value, str)
+    }
+    return after.model_copy(update=changed)

@@ -1,0 +1,233 @@
+"""What this machine does with a decoder's shapes: matrices from memory, everything beside them, and the disk.
+
+Matrices are timed one shape and precision at a time over as many copies as no cache holds, since a decoder's
+weights come from memory; what is beside them (attention, norms, routing, the loop) on a short decoder of the same
+shape, whose own matrices are taken off. Reads go through the runtime's own readers, in records as large as an expert.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeflex.progress import Silent
+from edgeflex.runtimes.decoder_process import process_bytes
+from edgeflex.runtimes.movers import BLOCK_BYTES, Mover, Record, takes_direct
+from edgeflex.runtimes.native import Engine, pack, packed_bytes, time_matrix
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import DECODER_PRECISIONS, DecoderRates, MatrixRate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgeflex.progress import Progress
+    from edgeflex.schema_moe import DecoderGraph
+
+    Clock = Callable[[], float]
+
+ROWS_IN = (1, 4, 16, 64, 256)
+_READ_BYTES = 256 << 20  # larger than what a disk's own cache gives back at once
+_LAYERS = 2
+_DECODED = 24
+
+
+def measure_rates(
+    graph: DecoderGraph,
+    folder: Path,
+    *,
+    device: str,
+    tokenizer: Path | None = None,
+    precisions: Sequence[Precision] = DECODER_PRECISIONS,
+    threads: Sequence[int] = (1,),
+    memory_bytes_per_s: float,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+) -> DecoderRates:
+    """Return the measured rates of a decoder on this machine.
+
+    Args:
+        graph: The decoder.
+        folder: On the disk that experts will be read from; a file is written there and removed.
+        device: Its name.
+        tokenizer: Whose memory counts as the runtime's.
+        precisions: To measure; one that does not fit a shape is left out for it.
+        threads: Numbers of threads to measure with.
+        memory_bytes_per_s: Measured rate of reading memory.
+        progress: Told of every measurement.
+        clock: Gives seconds.
+
+    Raises:
+        DeviceError: The disk is full or fails, or a kernel does.
+    """
+    heard = progress or Silent()
+    jobs = [
+        (shape, precision, rows_in, count)
+        for shape in sorted(set(graph.matrix_shapes().values()))
+        for precision in precisions
+        if precision is not Precision.INT4_GROUP32 or shape[1] % 32 == 0
+        for rows_in in ROWS_IN
+        for count in threads
+    ]
+    matrices = []
+    with heard.task("Measuring matrices", len(jobs)) as advance:
+        for (rows, columns), precision, rows_in, count in jobs:
+            seconds = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count)
+            matrices.append(
+                MatrixRate(
+                    rows=rows, columns=columns, precision=precision, rows_in=rows_in, threads=count, seconds=seconds
+                )
+            )
+            advance(1)
+    other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
+    record_bytes = _expert_bytes(graph)
+    rate, latency_s = _reads(folder, record_bytes, clock)
+    return DecoderRates(
+        device=device,
+        matrices=tuple(matrices),
+        read_bytes_per_s=rate,
+        read_latency_s=latency_s,
+        memory_bytes_per_s=memory_bytes_per_s,
+        other_token_s=other_s,
+        other_prefill_token_s=other_prefill_s,
+        runtime_bytes=process_bytes(graph, tokenizer),
+    )
+
+
+def _expert_bytes(graph: DecoderGraph) -> int:
+    """Return the bytes that one int4 (or else int8) expert is read in."""
+    inner = max(layer.expert_dim for layer in graph.layers)
+    hidden = graph.hidden_dim
+    four = inner % 32 == 0 and hidden % 32 == 0
+    precision = Precision.INT4_GROUP32 if four else Precision.INT8_DYNAMIC
+    size = packed_bytes(precision, 2 * inner, hidden) + packed_bytes(precision, hidden, inner)
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+# --- everything beside matrices ------------------------------------------------------------------------
+
+
+def _beside_matrices(graph: DecoderGraph, threads: int, clock: Clock) -> tuple[float, float]:
+    """Return seconds beside matrices of one decoded and one prompt token."""
+    sparse = [layer for layer in graph.layers if layer.routing is not None][:_LAYERS]
+    short = graph.model_copy(
+        update={
+            "layers": tuple(layer.model_copy(update={"index": index}) for index, layer in enumerate(sparse)),
+            "vocabulary": min(graph.vocabulary, 512),
+            "tied_embedding": False,
+        }
+    )
+    context = min(graph.context_tokens, 512)
+    chunk = min(128, context // 2)
+    with Engine(short, context_tokens=context, chunk_tokens=chunk, threads=threads) as engine:
+        held = _random_weights(engine, short)
+        tokens = np.arange(context, dtype=np.int32) % short.vocabulary
+        engine.forward(tokens[:chunk], 0)
+        engine.times()
+        start = clock()
+        engine.forward(tokens[chunk : 2 * chunk], chunk)
+        prefill_s = clock() - start - _in_matrices(engine)
+        position, decoded = 2 * chunk - 1, []
+        for _ in range(_DECODED):
+            start = clock()
+            engine.forward(tokens[:1], position)
+            decoded.append(clock() - start - _in_matrices(engine))
+    del held  # lived as long as the engine
+    scale = len(graph.layers) / len(sparse)
+    return float(np.median(decoded)) * scale, max(prefill_s, 0.0) / chunk * scale
+
+
+def _in_matrices(engine: Engine) -> float:
+    times = engine.times()
+    return times.dense_s + times.expert_s
+
+
+def _random_weights(engine: Engine, graph: DecoderGraph) -> list[NDArray[np.uint8]]:
+    """Give the engine numbers of the right shapes; return what must outlive it."""
+    rng = np.random.default_rng(0)
+    held: list[NDArray[np.uint8]] = []
+    for name, shape in graph.small_shapes().items():
+        engine.set_small(name, rng.normal(scale=0.1, size=shape).astype(np.float32))
+    for name, (rows, columns) in graph.matrix_shapes().items():
+        if ".experts." in name:
+            continue
+        codes = rng.integers(1, 255, size=rows * columns).astype(np.uint8)
+        scales = np.full(rows, 1e-3, np.float32).view(np.uint8)
+        if name == "embedding":
+            engine.set_embedding(Precision.INT8_DYNAMIC, codes.data, scales.data)
+            held += [codes, scales]
+            continue
+        held.append(_pages(packed_bytes(Precision.INT8_DYNAMIC, rows, columns)))
+        pack(Precision.INT8_DYNAMIC, rows, columns, codes.data, scales.data, held[-1].data)
+        engine.set_matrix(name, Precision.INT8_DYNAMIC, rows, columns, held[-1])
+    arena = engine.arena(engine.expert_bytes(0, Precision.INT8_DYNAMIC)[0])
+    arena[:] = 0
+    for one in graph.layers:
+        for expert in range(0 if one.routing is None else one.routing.experts):
+            engine.bind(one.index, expert, Precision.INT8_DYNAMIC, 0)
+    return held
+
+
+def _pages(size_bytes: int) -> NDArray[np.uint8]:
+    """Return page-aligned memory of this process alone."""
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+# --- reads ------------------------------------------------------------------------------------------------
+
+
+def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float]:
+    """Return bytes per second of many records in flight, and the seconds of the smallest read."""
+    count = max(4, _READ_BYTES // record_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    block = np.random.default_rng(0).bytes(1 << 20)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".edgeflex-", suffix=".reads") as file:
+        left = count * record_bytes
+        while left > 0:
+            left -= file.write(block[: min(left, len(block))])
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        path = Path(file.name)
+        order = np.random.default_rng(1).permutation(count)
+        memory = _pages(4 * record_bytes)
+        with Mover(memory, direct=takes_direct(path)) as mover:
+            rate = _rate(mover, path, order, record_bytes, clock)
+            latency_s = _latency_s(mover, path, order, record_bytes, clock)
+    return rate, latency_s
+
+
+def _rate(mover: Mover, path: Path, order: NDArray[np.intp], record_bytes: int, clock: Clock) -> float:
+    """Read records in batches of four, as the experts of a layer are, and return the median batch's rate."""
+    rates = []
+    for first in range(0, len(order) - 3, 4):
+        start = clock()
+        reads = [
+            mover.submit(_record(path, int(place), record_bytes), slot * record_bytes, check=False)
+            for slot, place in enumerate(order[first : first + 4])
+        ]
+        for read in reads:
+            read.wait()
+        rates.append(4 * record_bytes / (clock() - start))
+    return float(np.median(rates))
+
+
+def _latency_s(mover: Mover, path: Path, order: NDArray[np.intp], record_bytes: int, clock: Clock) -> float:
+    seconds = []
+    for place in order[:64]:
+        start = clock()
+        mover.submit(Record("block", path, int(place) * record_bytes, BLOCK_BYTES, ""), 0, check=False).wait()
+        seconds.append(clock() - start)
+    return float(np.median(seconds))
+
+
+def _record(path: Path, place: int, record_bytes: int) -> Record:
+    return Record("record", path, place * record_bytes, record_bytes, "")
