@@ -60,6 +60,13 @@ class Bars:
         self.console.print(text, highlight=False, markup=False)
 
 
+def tell(text: str) -> None:
+    """Print a line beside the result, where people see it also while native libraries write elsewhere."""
+    people = _people.get() or sys.stderr
+    people.write(f"{text}\n")
+    people.flush()
+
+
 def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as wide as the terminal allows; cells fold rather than be cut."""
     from rich.console import Console

@@ -31,7 +31,7 @@ from edgeflex.reports.svg import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from io import BytesIO
     from pathlib import Path
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["plan", "chosen", "baseline", "static", "oracle"]
 Quantity = Literal["s", "bytes", "share"]
+_WIDE_PX, _NARROW_PX = 760.0, 340.0
 _MAX_COLUMN_PX = 26.0
 _PANEL_PX = {"bits": 92.0, "weights": 58.0, "sensitivity": 58.0}
 
@@ -56,10 +57,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What an axis shows."""
+    """What an axis shows; ``linear`` keeps it from being logarithmic."""
 
     title: str
     quantity: Quantity
+    linear: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,14 @@ class Rule:
     value: float
     label: str
     kind: Literal["limit", "reference"] = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line through points, of the colour of a kind of point."""
+
+    points: tuple[tuple[float, float], ...]
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +132,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
+def both_widths(draw: Callable[[float], Markup]) -> Markup:
+    """Return a chart at desk and at phone width; the style sheet shows one."""
+    return Markup(f'<div class="wide">{draw(_WIDE_PX)}</div><div class="narrow">{draw(_NARROW_PX)}</div>')
+
+
 # --- scatter -----------------------------------------------------------------------------------------
 
 
@@ -133,8 +148,9 @@ def scatter(
     *,
     frontier: Sequence[tuple[float, float]] = (),
     rules: Sequence[Rule] = (),
+    lines: Sequence[Line] = (),
 ) -> Markup:
-    """Return points with names, a step line through ``frontier``, and limits, as one picture.
+    """Return points with names, a step line through ``frontier``, ``lines``, and limits, as one picture.
 
     The line steps because nothing between two plans can be had: up to the next plan the last one is best.
     """
@@ -145,8 +161,10 @@ def scatter(
     height = 360.0 if width > 500 else 320.0
     frame = Box(50, 30, width - 14, height - 46)
     shown = [rule for rule in rules if _rule_fits(rule, marks)]
-    x = fit_scale(_values(marks, shown, "x", x_factor), frame.left, frame.right, ticks=5 if width > 500 else 3)
-    y = fit_scale(_values(marks, shown, "y", y_factor), frame.bottom, frame.top)
+    x_ticks = 5 if width > 500 else 3
+    x_values, y_values = _values(marks, shown, "x", x_factor), _values(marks, shown, "y", y_factor)
+    x = fit_scale(x_values, frame.left, frame.right, ticks=x_ticks, linear=x_axis.linear)
+    y = fit_scale(y_values, frame.bottom, frame.top, linear=y_axis.linear)
     at = {id(mark): (x(mark.x * x_factor), y(mark.y * y_factor)) for mark in marks}
     drawn = [(rule, x(rule.value * x_factor) if rule.along == "x" else y(rule.value * y_factor)) for rule in shown]
     taken = [Box(px - 8, py - 8, px + 8, py + 8) for px, py in at.values()]
@@ -159,6 +177,7 @@ def scatter(
             *_axis_titles(_axis_title(x_axis, x_unit, x), _axis_title(y_axis, y_unit, y), frame, height),
             *_rules(drawn, frame, taken),
             *_steps([(x(a * x_factor), y(b * y_factor)) for a, b in frontier]),
+            *(_line(line.kind, [(x(a * x_factor), y(b * y_factor)) for a, b in line.points]) for line in lines),
             *(
                 _dot(mark, at[id(mark)], f"{mark.x * x_factor:.4g} {x_unit}, {mark.y * y_factor:.4g} {y_unit}")
                 for mark in marks
@@ -239,6 +258,11 @@ def _steps(points: Sequence[tuple[float, float]]) -> Iterator[Markup]:
     path = f"M{number(points[0][0])} {number(points[0][1])}"
     path += "".join(f"H{number(x)}V{number(y)}" for x, y in points[1:])
     yield tag("path", d=path, class_="frontier")
+
+
+def _line(kind: Kind, points: Sequence[tuple[float, float]]) -> Markup:
+    path = "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points)
+    return tag("path", d=path, class_=f"curve {kind}")
 
 
 def _dot(mark: Mark, at: tuple[float, float], words: str) -> Markup:

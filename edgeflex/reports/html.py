@@ -28,9 +28,33 @@ def to_html(report: Report, *, table: CostTable | None = None) -> str:
     Raises:
         InputError: An example image is no PNG data URI, or ``table`` is not the plan's.
     """
+    _require_sound(report, table)
+    return render(
+        "report.html.j2",
+        title=report.title,
+        report=report,
+        manifest=report.manifest,
+        plan=report.manifest.plan,
+        bench=report.bench,
+        verify=report.verify,
+        sentence=summary.outcome(report)[1],
+        verdicts=[sections.check_row(check, budget=True) for check in report.verdicts],
+        others=[sections.check_row(check, budget=False) for check in summary.other_checks(report)],
+        pareto=sections.pareto_section(report),
+        exits=sections.exit_rows(report),
+        galleries=sections.galleries(report),
+        statics=sections.statics_section(report),
+        layers=sections.layers_section(report.manifest, table),
+        memory=sections.memory_bars(report),
+        latency=sections.latency_section(report),
+        commands=sections.commands(report.manifest),
+    )
+
+
+def render(template: str, **values: object) -> str:
+    """Return a page from one of this room's templates; all text is escaped, what a template lacks is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    _require_sound(report, table)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -45,29 +69,7 @@ def to_html(report: Report, *, table: CostTable | None = None) -> str:
         "fine": _fine,
         "count": lambda n: f"{n:,}",
     }
-    _, sentence = summary.outcome(report)
-    return (
-        environment.get_template("report.html.j2").render(
-            report=report,
-            manifest=report.manifest,
-            plan=report.manifest.plan,
-            bench=report.bench,
-            verify=report.verify,
-            sentence=sentence,
-            absent=summary.ABSENT,
-            verdicts=[sections.check_row(check, budget=True) for check in report.verdicts],
-            others=[sections.check_row(check, budget=False) for check in summary.other_checks(report)],
-            pareto=sections.pareto_section(report),
-            exits=sections.exit_rows(report),
-            galleries=sections.galleries(report),
-            statics=sections.statics_section(report),
-            layers=sections.layers_section(report.manifest, table),
-            memory=sections.memory_bars(report),
-            latency=sections.latency_section(report),
-            commands=sections.commands(report.manifest),
-        )
-        + "\n"
-    )
+    return environment.get_template(template).render(absent=summary.ABSENT, **values) + "\n"
 
 
 def _fine(value: float, unit: str) -> str:

@@ -10,12 +10,12 @@ from edgeflex.reports import charts, summary
 from edgeflex.reports.build import DROP, latency_statistic, measured_latency_s
 from edgeflex.reports.charts import Axis, Mark, Rule
 from edgeflex.reports.summary import format_seconds, format_value
-from edgeflex.reports.svg import Markup
 from edgeflex.schema import Precision, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from edgeflex.reports.svg import Markup
     from edgeflex.schema import (
         BenchResult,
         Budget,
@@ -31,16 +31,10 @@ if TYPE_CHECKING:
         Statistic,
     )
 
-_WIDE_PX, _NARROW_PX = 760.0, 340.0
 _STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p95", "p99", "worst")
 _MANY_LAYERS = 20
 _MAX_STRIP_LAYERS = 240
 _Item = TypeVar("_Item")
-
-
-def _both(draw: Callable[[float], Markup]) -> Markup:
-    """Return a chart at desk and at phone width; the style sheet shows one."""
-    return Markup(f'<div class="wide">{draw(_WIDE_PX)}</div><div class="narrow">{draw(_NARROW_PX)}</div>')
 
 
 # --- verdicts ----------------------------------------------------------------------------------------
@@ -134,7 +128,7 @@ def pareto_section(report: Report) -> FigureSection | None:
     frontier = charts.front([(charts.coordinate(p, axes[0]), charts.coordinate(p, axes[1])) for p in curve.points])
     rules = list(_budget_rules(report.manifest.plan.budget, axes))
     title = f"Pareto curve: {axes[1].title} against {axes[0].title}, {len(curve.points)} plans"
-    chart = _both(lambda width: charts.scatter(title, marks, axes, width, frontier=frontier, rules=rules))
+    chart = charts.both_widths(lambda width: charts.scatter(title, marks, axes, width, frontier=frontier, rules=rules))
     return FigureSection(chart, tuple(_curve_rows(curve)))
 
 
@@ -270,7 +264,7 @@ def statics_section(report: Report) -> FigureSection | None:
     axes = (Axis("mean latency", "s"), Axis("accuracy", "share"))
     rules = [Rule("y", reference, f"full depth {_share(reference)}", "reference")]
     title = "Accuracy against mean latency: this plan, the oracle and static models"
-    chart = _both(lambda width: charts.scatter(title, marks, axes, width, rules=rules))
+    chart = charts.both_widths(lambda width: charts.scatter(title, marks, axes, width, rules=rules))
     sentence = f"This plan: {_share(verify.accuracy)} at {format_seconds(latency_s)} ({origin}). "
     sentence += _static_sentence(verify.static_points, reference, latency_s)
     return FigureSection(chart, (), sentence)
@@ -356,7 +350,7 @@ def layers_section(manifest: BundleManifest, table: CostTable | None) -> LayersS
     title = f"Precision and weight bytes of {len(bars)} layers in execution order"
     drawn = 0 < len(bars) <= _MAX_STRIP_LAYERS
     return LayersSection(
-        chart=_both(lambda width: charts.layer_strip(title, bars, width)) if drawn else None,
+        chart=charts.both_widths(lambda width: charts.layer_strip(title, bars, width)) if drawn else None,
         totals=tuple(_precision_rows(layers, bars)),
         rows=rows,
         collapsed=len(rows) > _MANY_LAYERS,
@@ -486,7 +480,9 @@ def latency_section(report: Report) -> LatencySection | None:
         for limit in plan.budget.latency
     ]
     title = f"Histogram of {len(bench.samples_s):,} latency samples"
-    return LatencySection(_both(lambda width: charts.histogram(title, bench.samples_s, lines, limits, width)), rows)
+    return LatencySection(
+        charts.both_widths(lambda width: charts.histogram(title, bench.samples_s, lines, limits, width)), rows
+    )
 
 
 def _latency_row(plan: Plan, bench: BenchResult, statistic: Statistic) -> tuple[str, str, str, str, str]:

@@ -8,6 +8,8 @@ from edgeflex.reports.build import measured_latency_s
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgeflex.schema import Check, Report
 
 ABSENT = "–"
@@ -106,7 +108,7 @@ def outcome(report: Report) -> tuple[State, str]:
     """Return the report in one or two plain sentences, and its state."""
     states = [state_of(verdict) for verdict in report.verdicts]
     failed = [check.name for check in other_checks(report) if state_of(check) == "bad"]
-    sentences = [_budget_sentence(report)]
+    sentences = [budget_sentence(report.verdicts)]
     if failed:
         fails = _count(len(failed), "further promise is not kept", "further promises are not kept")
         sentences.append(f"{fails}: {', '.join(failed)}.")
@@ -116,11 +118,12 @@ def outcome(report: Report) -> tuple[State, str]:
     return ("good" if states and "unknown" not in states else "unknown"), " ".join(sentences)
 
 
-def _budget_sentence(report: Report) -> str:
-    total = len(report.verdicts)
+def budget_sentence(verdicts: Sequence[Check]) -> str:
+    """Return in one sentence how many budgets are met, and the names of the others."""
+    total = len(verdicts)
     if total == 0:
         return "No budget was set."
-    words = [(verdict_word(verdict, budget=True), verdict.name) for verdict in report.verdicts]
+    words = [(verdict_word(verdict, budget=True), verdict.name) for verdict in verdicts]
     met = sum(1 for word, _ in words if word == "met")
     parts = []
     for state in ("broken", "within error", "not measured"):

@@ -108,14 +108,16 @@ class Scale:
         return self.start_px + (at - low) / (high - low) * (self.end_px - self.start_px)
 
 
-def fit_scale(values: Sequence[float], start_px: float, end_px: float, *, ticks: int = 5) -> Scale:
+def fit_scale(
+    values: Sequence[float], start_px: float, end_px: float, *, ticks: int = 5, linear: bool = False
+) -> Scale:
     """Return a scale that holds all ``values`` with room around them.
 
-    Logarithmic when all are above zero and the largest is over eight times the least; from zero when the
-    least is small beside the largest.
+    Logarithmic when all are above zero and the largest is over eight times the least, unless ``linear``; from
+    zero when the least is small beside the largest.
     """
     low, high = min(values), max(values)
-    if low > 0 and high / low > 8:
+    if low > 0 and high / low > 8 and not linear:
         return _log_scale(low / 1.15, high * 1.15, start_px, end_px)
     if low == high:
         low, high = low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1

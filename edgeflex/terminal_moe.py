@@ -1,0 +1,453 @@
+"""What people read in a terminal about mixture-of-experts decoders. Only ``cli`` prints the text.
+
+Functions named ``…_text`` return text without a final line break, no line wider than the terminal (``COLUMNS``).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import DECODER_PRECISIONS
+from edgeflex.terminal import table_text
+from edgeflex.units import format_bytes, format_share, format_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from edgeflex.reports.decoder import DecoderReportDocument
+    from edgeflex.schema import Proof
+    from edgeflex.schema_moe import (
+        DecoderCacheStats,
+        DecoderCalibration,
+        DecoderGraph,
+        DecoderManifest,
+        DecoderPlan,
+        DecoderRunStats,
+        DecoderSizes,
+        Simulation,
+        UnitLoss,
+    )
+
+ABSENT = "–"
+_PARTS = ("dense weights", "expert cache", "keys and values", "activations", "runtime")
+_FINDINGS = {
+    "fits": "FITS: every expert stays in memory",
+    "offload": "OFFLOAD: experts are read from storage when they are needed",
+    "decline": "DECLINE",
+}
+_T = "T: bytes of the experts that one token uses. A cache smaller than T reads every expert anew."
+_MOST_LOSSES = 8
+
+
+def _prose(*lines: str) -> str:
+    """Return lines folded to the width of the terminal; a continued line is indented."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) if line else "" for line in lines
+    )
+
+
+def _blocks(*blocks: str) -> str:
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _rate(token_s: float) -> str:
+    return f"{1 / token_s:.1f} tokens/s" if token_s > 0 else ABSENT
+
+
+# --- graph and sizes ---------------------------------------------------------------------------------
+
+
+def decoder_graph_text(graph: DecoderGraph) -> str:
+    """Return what a decoder is made of, and the bytes that it and one token's experts take in each precision."""
+    expert_layers = [layer for layer in graph.layers if layer.routing is not None]
+    counts = sorted({(one.routing.experts, one.routing.top_k) for one in expert_layers if one.routing is not None})
+    routing = " or ".join(f"{experts} experts, {top_k} a token" for experts, top_k in counts) or "no experts"
+    total, active = _parameters(graph)
+    one = graph.attention
+    kind = "latent" if one.kind == "latent" else f"{one.heads} heads over {one.kv_heads} of keys and values"
+    rows = [
+        ("family", graph.family),
+        ("layers", f"{len(graph.layers)}, {len(expert_layers)} of them with experts"),
+        ("routing", routing),
+        ("attention", kind),
+        ("hidden", f"{graph.hidden_dim:,}"),
+        ("vocabulary", f"{graph.vocabulary:,}"),
+        ("parameters", f"{_millions(total)}, {_millions(active)} of them active for a token"),
+        ("context", f"{graph.context_tokens:,} tokens"),
+    ]
+    bytes_rows = [(one.value, *_sizes_of(graph, one)) for one in DECODER_PRECISIONS]
+    return _blocks(
+        table_text(graph.name, ("figure", "value"), rows),
+        table_text("Bytes with everything in one precision", ("precision", "dense part", "experts", "T"), bytes_rows),
+        _prose(_T),
+    )
+
+
+def _weights(graph: DecoderGraph) -> Iterator[tuple[int, int, bool, float]]:
+    """Yield (rows, columns, whether an expert's, uses a token) of every stored matrix."""
+    share = {one.index: one.routing.top_k / one.routing.experts for one in graph.layers if one.routing is not None}
+    for name, (rows, columns) in graph.matrix_shapes().items():
+        if name == "head" and graph.tied_embedding:
+            continue
+        parts = name.split(".")
+        expert = len(parts) > 2 and parts[2] == "experts"
+        yield rows, columns, expert, share[int(parts[1])] if expert else 1.0
+
+
+def _parameters(graph: DecoderGraph) -> tuple[int, float]:
+    small = sum(math.prod(shape) for shape in graph.small_shapes().values())
+    weights = list(_weights(graph))
+    total = small + sum(rows * columns for rows, columns, _, _ in weights)
+    return total, small + sum(rows * columns * uses for rows, columns, _, uses in weights)
+
+
+def _sizes_of(graph: DecoderGraph, precision: Precision) -> tuple[str, str, str]:
+    """Return dense bytes, experts' bytes and T in one precision, as text."""
+    weights = list(_weights(graph))
+    if precision is Precision.INT4_GROUP32 and any(columns % 32 for _, columns, _, _ in weights):
+        return ABSENT, ABSENT, "no: columns"
+    small = 4 * sum(math.prod(shape) for shape in graph.small_shapes().values())
+    sizes = [(_stored_bytes(precision, rows, columns), expert, uses) for rows, columns, expert, uses in weights]
+    dense = small + sum(size for size, expert, _ in sizes if not expert)
+    experts = sum(size for size, expert, _ in sizes if expert)
+    cycle = sum(size * uses for size, expert, uses in sizes if expert)
+    return format_bytes(dense), format_bytes(experts), format_bytes(cycle)
+
+
+def _stored_bytes(precision: Precision, rows: int, columns: int) -> int:
+    from edgeflex.plans.decoder_costs import raw_bytes
+
+    return raw_bytes(precision, rows, columns)
+
+
+def decoder_sizes_text(sizes: DecoderSizes) -> str:
+    """Return what fits, told by a checkpoint's headers alone."""
+    limit = sizes.budget.memory_bytes
+    rows = [
+        (
+            one.precision.value,
+            format_bytes(one.experts_bytes),
+            format_bytes(one.dense_bytes + one.experts_bytes + sizes.fixed_bytes),
+            format_bytes(one.cycle_bytes),
+            one.verdict.upper(),
+        )
+        for one in sizes.uniform
+    ]
+    asked = "No memory budget was given." if limit is None else f"Memory budget: {format_bytes(limit)}."
+    return _blocks(
+        _prose(
+            f"{sizes.graph.name} ({sizes.graph.family}), from its headers; nothing was measured.",
+            f"{asked} Whatever the precision, keys and values, buffers, norms and routers take "
+            f"{format_bytes(sizes.fixed_bytes)}.",
+        ),
+        table_text("Everything in one precision", ("precision", "experts", "together", "T", "verdict"), rows),
+        _prose(_T),
+    )
+
+
+# --- calibration -------------------------------------------------------------------------------------
+
+
+def decoder_calibration_text(calibration: DecoderCalibration) -> str:
+    """Return what calibration found: loss, what each precision costs, and the units that cost most."""
+    head = _prose(
+        f"{calibration.graph.name} on {calibration.tokens:,} tokens: fp32 loss {calibration.reference_loss:.3f} nats "
+        f"per token (perplexity {math.exp(calibration.reference_loss):.2f})."
+    )
+    rows = [_precision_row(calibration, precision) for precision in DECODER_PRECISIONS[1:]]
+    worst = sorted(calibration.losses, key=lambda one: -one.kl)[:_MOST_LOSSES]
+    return _blocks(
+        head,
+        table_text(
+            "Cost of each precision: KL from fp32, nats per token",
+            ("precision", "everything", "dense parts", "experts", "same choices"),
+            rows,
+        ),
+        table_text(
+            "Units that lose most",
+            ("unit", "precision", "KL", "tokens"),
+            [(one.unit, one.precision.value, f"{one.kl:.2e}", f"{one.tokens:,}") for one in worst],
+        )
+        if worst
+        else "",
+        _least_seen(calibration.losses),
+    )
+
+
+def _precision_row(calibration: DecoderCalibration, precision: Precision) -> tuple[str, ...]:
+    whole = calibration.uniform_kl.get(precision)
+    same = calibration.router_agreement.get(precision)
+    sums = [
+        math.fsum(one.kl for one in calibration.losses if one.precision is precision and _is_expert(one.unit) is expert)
+        for expert in (False, True)
+    ]
+    return (
+        precision.value,
+        ABSENT if whole is None else f"{whole:.4f}",
+        *(f"{value:.4f}" for value in sums),
+        ABSENT if same is None else format_share(same, 1),
+    )
+
+
+def _is_expert(unit: str) -> bool:
+    return ".experts." in unit
+
+
+def _least_seen(losses: Iterable[UnitLoss]) -> str:
+    seen = [one.tokens for one in losses if _is_expert(one.unit)]
+    return _prose(f"Every expert was judged by at least {_count(min(seen), 'token')}.") if seen else ""
+
+
+# --- plan --------------------------------------------------------------------------------------------
+
+
+def decoder_plan_text(plan: DecoderPlan) -> str:
+    """Return a plan: verdict and reasons, budgets, memory, experts, time, precisions and proof."""
+    return _blocks(
+        _prose(_FINDINGS[plan.verdict], *(f"- {reason}" for reason in plan.reasons)),
+        table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
+        table_text("Memory", ("part", "bytes", "share"), _memory_rows(plan)),
+        table_text("Experts and time", ("figure", "value"), list(_expert_rows(plan))),
+        _precision_table(plan),
+        _prose(_proof_text(plan.proof)),
+    )
+
+
+def _budget_rows(plan: DecoderPlan) -> Iterator[tuple[str, str, str, str]]:
+    budget, said = plan.budget, plan.predicted
+    kl = "KL, nats per token"
+    for name, limit, value, show in (
+        ("memory", budget.memory_bytes, said.memory.total_bytes, format_bytes),
+        ("time per token", budget.token_s, said.token_s.value, format_time),
+        ("time to first token", budget.first_token_s, said.first_token_s.value, format_time),
+        ("disk", budget.disk_bytes, said.disk_bytes, format_bytes),
+        (kl, budget.max_kl, said.kl, lambda nats: f"{nats:.4f}"),
+    ):
+        margin = ABSENT
+        if limit:
+            left = (limit - value) / limit
+            margin = f"{format_share(abs(left), 1)} {'left' if left >= 0 else 'over'}"
+        yield name, ABSENT if limit is None else show(limit), show(value), margin
+
+
+def _memory_rows(plan: DecoderPlan) -> list[tuple[str, str, str]]:
+    memory = plan.predicted.memory
+    sizes = (
+        memory.dense_bytes,
+        memory.cache_bytes,
+        memory.kv_bytes,
+        memory.activations_bytes,
+        memory.runtime_bytes,
+    )
+    total = max(memory.total_bytes, 1)
+    rows = [(name, format_bytes(size), format_share(size / total, 1)) for name, size in zip(_PARTS, sizes, strict=True)]
+    return [*rows, ("together", format_bytes(memory.total_bytes), "")]
+
+
+def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
+    said = plan.predicted
+    cycles = f", {plan.cache_bytes / plan.cycle_bytes:.2f} T" if plan.cycle_bytes else ""
+    yield "cache", f"{format_bytes(plan.cache_bytes)}{cycles}"
+    yield "T, the experts of one token", format_bytes(plan.cycle_bytes)
+    yield "policy", plan.policy
+    yield "prefetch", _count(plan.prefetch_depth, "layer") + " ahead" if plan.prefetch_depth else "off"
+    yield "hit rate", format_share(said.hit_rate, 1)
+    yield "best possible (Belady)", ABSENT if said.belady_hit_rate is None else format_share(said.belady_hit_rate, 1)
+    yield "read per token", format_bytes(said.bytes_per_token)
+    for name, span in (("time per token", said.token_s), ("time to first token", said.first_token_s)):
+        yield name, f"{format_time(span.value)} ({format_time(span.low)} to {format_time(span.high)})"
+    yield "decoding", _rate(said.token_s.value)
+    if said.bound_token_s > 0:
+        reached = f" ({format_share(said.bound_token_s / said.token_s.value, 0)} reached)" if said.token_s.value else ""
+        yield "bound without prefetch", f"{format_time(said.bound_token_s)}{reached}"
+    yield "threads", str(plan.threads)
+    yield "context", _count(plan.context_tokens, "token")
+    yield "prompt read in chunks of", _count(plan.prefill_chunk_tokens, "token")
+
+
+def _precision_table(plan: DecoderPlan) -> str:
+    counts: dict[str, Counter[str]] = {}
+    for choice in plan.choices:
+        counts.setdefault(_kind(choice.subject), Counter())[choice.option] += 1
+    if not counts:
+        return ""
+    order = [one.value for one in DECODER_PRECISIONS if any(one.value in found for found in counts.values())]
+    order += sorted({name for found in counts.values() for name in found} - set(order))
+    rows = [(kind, *(f"{found[name]:,}" if found[name] else "" for name in order)) for kind, found in counts.items()]
+    return table_text("Precisions", ("units", *order), rows)
+
+
+def _kind(unit: str) -> str:
+    if _is_expert(unit):
+        return "experts"
+    return "dense parts of layers" if unit.startswith("layers.") else unit
+
+
+def _proof_text(proof: Proof | None) -> str:
+    if proof is None:
+        return "Proof: none. A better plan may exist."
+    what = "KL" if proof.minimize == "drop" else proof.minimize
+    tried = f"{proof.solver}, {proof.scenarios_solved:,} of {proof.scenarios:,} solved, {proof.wall_s:.2f} s"
+    if proof.status == "optimal":
+        return (
+            f"Proof: optimal for the measured costs, {what} {_fine(proof, proof.objective)}, bound "
+            f"{_fine(proof, proof.bound)} ({tried})"
+        )
+    return (
+        f"Proof: best found, {what} {_fine(proof, proof.objective)}; no plan goes below {_fine(proof, proof.bound)}, "
+        f"so a better one may exist within {format_share(proof.gap, 1)} ({tried})"
+    )
+
+
+def _fine(proof: Proof, value: float) -> str:
+    """Return a value with the digits that tell an objective from its bound."""
+    if proof.minimize == "memory":
+        return f"{value:,.0f} bytes"
+    return f"{value * 1e3:.5g} ms" if proof.minimize == "latency" else f"{value:.5g} nats"
+
+
+# --- bundle ------------------------------------------------------------------------------------------
+
+
+def decoder_bundle_text(manifest: DecoderManifest) -> str:
+    """Return what an exported bundle holds and how far it is from the fp32 decoder."""
+    size = sum(file.size_bytes for file in manifest.files)
+    rows = [
+        ("files", f"{len(manifest.files):,}, {format_bytes(size)}"),
+        ("matrices", f"{len(manifest.matrices):,}"),
+        ("programs for a stock ExecuTorch", f"{len(manifest.programs):,}"),
+        ("KL predicted", f"{manifest.plan.predicted.kl:.4f} nats per token"),
+    ]
+    for name, value, show in (
+        ("KL measured", manifest.measured_kl, "{:.4f} nats per token"),
+        ("perplexity", manifest.measured_perplexity, "{:.3f}"),
+        ("perplexity in fp32", manifest.reference_perplexity, "{:.3f}"),
+    ):
+        rows.append((name, ABSENT if value is None else show.format(value)))
+    same = manifest.router_agreement
+    rows.append(("same choices of experts", ABSENT if same is None else format_share(same, 1)))
+    rows.append(("reference answers", f"{len(manifest.expected):,}"))
+    return table_text(manifest.graph.name, ("figure", "value"), rows)
+
+
+# --- run and simulation ------------------------------------------------------------------------------
+
+
+def generation_text(stats: DecoderRunStats, plan: DecoderPlan | None = None) -> str:
+    """Return how one generation went; with ``plan`` its promises stand beside."""
+    said = None if plan is None else plan.predicted
+    total_s = math.fsum(time.total_s for time in stats.times)
+    mean_s = total_s / len(stats.times) if stats.times else 0.0
+    held = stats.peak_memory_bytes + stats.runtime_memory_bytes
+    rows = [
+        ("answer", _count(len(stats.tokens), "token"), ""),
+        ("ended by", stats.stopped_by, ""),
+        ("decoding", _rate(mean_s), "" if said is None else _rate(said.token_s.value)),
+        (
+            "time per token",
+            format_time(mean_s) if mean_s else ABSENT,
+            "" if said is None else format_time(said.token_s.value),
+        ),
+        *_split_rows(stats, total_s),
+        (
+            "prompt",
+            _count(stats.prompt_tokens, "token"),
+            "" if plan is None else _count(plan.budget.prompt_tokens, "token"),
+        ),
+        (
+            "first token",
+            format_time(stats.first_token_s),
+            "" if said is None else format_time(said.first_token_s.value),
+        ),
+        ("loading", format_time(stats.load_s), ""),
+        *_cache_rows(stats, plan),
+        ("memory", format_bytes(held), "" if said is None else format_bytes(said.memory.total_bytes)),
+    ]
+    if plan is None:
+        return table_text("", ("figure", "value"), [row[:2] for row in rows])
+    return table_text("", ("figure", "measured", "planned"), rows)
+
+
+def _split_rows(stats: DecoderRunStats, total_s: float) -> Iterator[tuple[str, str, str]]:
+    if total_s <= 0:
+        return
+    parts = {
+        "in dense parts": math.fsum(time.dense_s for time in stats.times),
+        "in experts": math.fsum(time.expert_s for time in stats.times),
+        "waiting for reads": math.fsum(time.wait_s for time in stats.times),
+    }
+    for name, part_s in parts.items():
+        yield f"- {name}", format_share(part_s / total_s, 1), ""
+
+
+def _cache_rows(stats: DecoderRunStats, plan: DecoderPlan | None) -> Iterator[tuple[str, str, str]]:
+    cache = stats.cache
+    uses = cache.decode_hits + cache.decode_misses
+    said = None if plan is None else plan.predicted
+    found = f"{format_share(cache.decode_hits / uses, 1)} of {uses:,} uses" if uses else ABSENT
+    yield "expert hits", found, "" if said is None else format_share(said.hit_rate, 1)
+    if stats.times:
+        per_token = format_bytes(cache.decode_read_bytes / len(stats.times))
+        yield "read per token", per_token, "" if said is None else format_bytes(said.bytes_per_token)
+    yield (
+        "expert cache",
+        f"{format_bytes(cache.peak_bytes)} of {format_bytes(cache.capacity_bytes)}",
+        "" if plan is None else format_bytes(plan.cache_bytes),
+    )
+    yield "policy", cache.policy, "" if plan is None else plan.policy
+    if cache.prefetch_fetched_bytes:
+        yield "read early and used", _prefetch(cache), ""
+
+
+def _prefetch(cache: DecoderCacheStats) -> str:
+    used = format_share(cache.prefetch_useful_bytes / cache.prefetch_fetched_bytes, 0)
+    return (
+        f"{used} of {format_bytes(cache.prefetch_fetched_bytes)}{', so it stopped' if cache.prefetch_stopped else ''}"
+    )
+
+
+def decoder_report_text(report: DecoderReportDocument) -> str:
+    """Return a decoder's report: its sentence, every budget, and every further promise."""
+    from edgeflex.reports.decoder import outcome
+    from edgeflex.reports.summary import row
+
+    rows = [row(check, budget=True) for check in report.verdicts]
+    rows += [row(check, budget=False) for check in report.checks]
+    return _blocks(
+        _prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
+    )
+
+
+def simulation_text(simulation: Simulation) -> str:
+    """Return replays of a trace, decode lookups only: by cache size, the best hit rate first."""
+    ordered = sorted(simulation.results, key=lambda one: (one.cache_bytes, -one.hit_rate, one.policy))
+    timed = simulation.link_bytes_per_s is not None
+    rows = [
+        (
+            one.policy,
+            format_bytes(one.cache_bytes),
+            format_share(one.hit_rate, 1),
+            format_bytes(one.bytes_per_token),
+            f"{(one.belady_hit_rate - one.hit_rate) * 100:.1f} pt",
+            format_share(min(one.layer_hit_rates, default=0.0), 1),
+            *((_rate(one.token_s), format_share(one.bound_share or 0.0, 0)) if timed and one.token_s else ()),
+        )
+        for one in ordered
+    ]
+    columns = ("policy", "cache", "hit rate", "read per token", "behind Belady", "worst layer")
+    title = f"{simulation.trace}, {simulation.decode_tokens:,} decoded tokens"
+    return table_text(title, (*columns, *(("speed", "of bound") if timed else ())), rows)

@@ -1,0 +1,244 @@
+"""What people read about decoders: no line too wide, nothing lost when narrow, nothing overstated."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from edgeflex import terminal_moe
+from edgeflex.reports.decoder import build_decoder_report
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import DecoderBudget, SimulatedCache, Simulation
+from tests.decoder_samples import (
+    sample_bench,
+    sample_calibration,
+    sample_graph,
+    sample_manifest,
+    sample_plan,
+    sample_points,
+    sample_sizes,
+    sample_stats,
+)
+from tests.tiny_decoder import tiny_graph
+
+MANIFEST = sample_manifest()
+
+TEXTS = {
+    "graph": lambda: terminal_moe.decoder_graph_text(sample_graph()),
+    "sizes": lambda: terminal_moe.decoder_sizes_text(sample_sizes()),
+    "calibration": lambda: terminal_moe.decoder_calibration_text(sample_calibration()),
+    "plan": lambda: terminal_moe.decoder_plan_text(sample_plan()),
+    "bundle": lambda: terminal_moe.decoder_bundle_text(MANIFEST),
+    "run": lambda: terminal_moe.generation_text(sample_stats(MANIFEST)),
+    "run with plan": lambda: terminal_moe.generation_text(sample_stats(MANIFEST), sample_plan()),
+    "report": lambda: terminal_moe.decoder_report_text(
+        build_decoder_report(MANIFEST, sample_bench(MANIFEST), sample_stats(MANIFEST))
+    ),
+    "simulation": lambda: terminal_moe.simulation_text(simulation()),
+}
+
+
+@pytest.fixture
+def width(monkeypatch: pytest.MonkeyPatch):
+    return lambda columns: monkeypatch.setenv("COLUMNS", str(columns))
+
+
+def shown(text: str) -> Counter[str]:
+    return Counter("".join(text.split()))
+
+
+def cells(text: str, start: str) -> list[str]:
+    """Return the row that begins with ``start``, words apart by two spaces or more."""
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_no_line_is_wider_than_the_terminal(name: str, columns: int, width):
+    width(columns)
+    lines = TEXTS[name]().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_narrow_terminal_loses_nothing(name: str, width):
+    width(400)
+    wide = TEXTS[name]()
+    width(40)
+    assert shown(TEXTS[name]()) == shown(wide)
+
+
+# --- graph --------------------------------------------------------------------------------------------------
+
+
+def test_a_graphs_parameters_are_the_sums_made_by_hand(width):
+    width(100)
+    text = terminal_moe.decoder_graph_text(sample_graph())
+    hidden, inner, vocabulary = 2048, 1024, 50304
+    expert = 3 * hidden * inner
+    attention = 4 * hidden * hidden
+    small = hidden + 16 * (4 * hidden + 64 * hidden)
+    total = 2 * vocabulary * hidden + 16 * (attention + 64 * expert) + small
+    active = 2 * vocabulary * hidden + 16 * (attention + 8 * expert) + small
+    assert cells(text, "parameters")[-1] == f"{total / 1e9:.2f} B, {active / 1e9:.2f} B of them active for a token"
+    # one int4 expert: half a byte a weight, and a bfloat16 scale per 32 of them
+    cycle = 16 * 8 * (expert // 2 + expert // 32 * 2)
+    assert cells(text, "int4-group32")[-1] == f"{cycle / 2**20:.2f} MiB"
+
+
+def test_a_dense_first_layer_is_counted_as_one(width):
+    width(100)
+    text = terminal_moe.decoder_graph_text(tiny_graph())
+    assert cells(text, "layers")[-1] == "4, 3 of them with experts"
+    assert cells(text, "routing")[-1] == "8 experts, 2 a token"
+
+
+def test_a_shape_that_int4_cannot_take_has_no_bytes(width):
+    width(100)
+    graph = tiny_graph().model_copy(update={"hidden_dim": 40})
+    assert cells(terminal_moe.decoder_graph_text(graph), "int4-group32")[1] == "–"
+
+
+def test_sizes_name_the_verdict_of_each_precision(width):
+    width(100)
+    text = terminal_moe.decoder_sizes_text(sample_sizes())
+    assert cells(text, "int4-group32")[-1] == "OFFLOAD"
+    assert "Memory budget: 2.00 GiB" in text
+    unlimited = sample_sizes().model_copy(update={"budget": DecoderBudget()})
+    assert "No memory budget was given" in terminal_moe.decoder_sizes_text(unlimited)
+
+
+# --- calibration --------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_shows_what_each_precision_costs(width):
+    width(100)
+    calibration = sample_calibration()
+    text = terminal_moe.decoder_calibration_text(calibration)
+    row = cells(text, "int4-group32")
+    experts = sum(
+        one.kl for one in calibration.losses if one.precision is Precision.INT4_GROUP32 and ".experts." in one.unit
+    )
+    assert row[1] == "0.0310"
+    assert row[3] == f"{experts:.4f}"
+    assert row[4] == "94.2 %"
+    least = min(one.tokens for one in calibration.losses if ".experts." in one.unit)
+    assert f"at least {least} tokens" in text
+
+
+# --- plan ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_begins_with_its_verdict_and_reasons(width):
+    width(400)
+    first, second, third, *_ = terminal_moe.decoder_plan_text(sample_plan()).splitlines()
+    assert first.startswith("OFFLOAD")
+    assert (second[2:], third[2:]) == sample_plan().reasons
+
+
+def test_margins_are_what_the_promise_leaves_of_the_limit(width):
+    width(100)
+    text = terminal_moe.decoder_plan_text(sample_plan())
+    assert cells(text, "time per token") == ["time per token", "60.00 ms", "51.20 ms", "14.7 % left"]
+    assert cells(text, "disk") == ["disk", "–", "4.01 GiB", "–"]
+    tight = sample_plan(budget=DecoderBudget(token_s=0.04))
+    assert cells(terminal_moe.decoder_plan_text(tight), "time per token")[-1] == "28.0 % over"
+
+
+def test_precisions_are_counted_by_kind_of_unit(width):
+    width(100)
+    text = terminal_moe.decoder_plan_text(sample_plan())
+    plan = sample_plan()
+    experts = [one.option for one in plan.choices if ".experts." in one.subject]
+    assert cells(text, "experts") == ["experts", f"{experts.count('int8-dynamic')}", f"{experts.count('int4-group32')}"]
+    assert cells(text, "dense parts") == ["dense parts of layers", "16"]
+
+
+def test_a_plan_is_never_called_optimal_without_a_proof(width):
+    width(100)
+    assert "optimal" not in terminal_moe.decoder_plan_text(sample_plan())
+    assert "optimal" not in terminal_moe.decoder_plan_text(sample_plan(proof=None))
+    proof = sample_plan().proof
+    assert proof is not None
+    proven = sample_plan(proof=proof.model_copy(update={"status": "optimal", "gap": 0.0}))
+    assert "Proof: optimal" in terminal_moe.decoder_plan_text(proven)
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_speed_hits_and_memory_beside_the_plan(width):
+    width(100)
+    stats = sample_stats(MANIFEST)
+    text = terminal_moe.generation_text(stats, sample_plan())
+    mean_s = sum(time.total_s for time in stats.times) / len(stats.times)
+    assert cells(text, "decoding") == ["decoding", f"{1 / mean_s:.1f} tokens/s", "19.5 tokens/s"]
+    assert cells(text, "memory") == ["memory", "1.88 GiB", "1.88 GiB"]
+    assert cells(text, "expert hits")[-1] == "79.2 %"
+    waited_s = sum(time.wait_s for time in stats.times)
+    assert cells(text, "- waiting") == ["- waiting for reads", f"{waited_s / (mean_s * len(stats.times)) * 100:.1f} %"]
+
+
+def test_a_run_of_one_token_has_no_rate_and_no_split(width):
+    width(100)
+    stats = sample_stats(MANIFEST, tokens=1)
+    text = terminal_moe.generation_text(stats)
+    assert cells(text, "decoding")[-1] == "–"
+    assert cells(text, "answer")[-1] == "1 token"
+    assert "waiting" not in text
+
+
+def test_prefetch_that_did_not_pay_is_said(width):
+    width(100)
+    stats = sample_stats(MANIFEST)
+    early = {"prefetch_fetched_bytes": 100 << 20, "prefetch_useful_bytes": 31 << 20, "prefetch_stopped": True}
+    text = terminal_moe.generation_text(stats.model_copy(update={"cache": stats.cache.model_copy(update=early)}))
+    assert cells(text, "read early")[-1] == "31 % of 100.00 MiB, so it stopped"
+
+
+def simulation(link_bytes_per_s: float | None = None) -> Simulation:
+    """The replays of the sample points, as `trace simulate` gives them."""
+    results = []
+    for one in sample_points():
+        uses = one.hits + one.misses
+        read = one.decode_bytes / one.decode_tokens
+        results.append(
+            SimulatedCache(
+                policy=one.policy,
+                cache_bytes=one.cache_bytes,
+                hit_rate=one.hits / uses,
+                hits=one.hits,
+                misses=one.misses,
+                bytes_per_token=read,
+                belady_hit_rate=1 - (one.belady_misses or 0) / uses,
+                layer_hit_rates=(one.hits / uses, 0.125),
+                token_s=None if link_bytes_per_s is None else read / link_bytes_per_s,
+                bound_share=None if link_bytes_per_s is None else 0.5,
+            )
+        )
+    return Simulation(
+        trace="deepseek-v2-lite.csv", decode_tokens=100, results=tuple(results), link_bytes_per_s=link_bytes_per_s
+    )
+
+
+def test_a_simulation_is_ordered_by_cache_and_names_the_gap_to_belady(width):
+    width(120)
+    lines = terminal_moe.simulation_text(simulation()).splitlines()[2:]
+    assert [line.split()[0] for line in lines[:2]] == ["enu", "lru"]
+    assert [line.split()[1] for line in lines] == [f"{size}.00" if size < 1024 else f"{size / 1024:.2f}" for size in
+        (300, 300, 600, 600, 900, 900, 1200, 1200, 1800, 1800, 2400, 2400, 3000, 3000)]  # fmt: skip
+    first = sample_points()[0]
+    gap = (first.misses - (first.belady_misses or 0)) / (first.hits + first.misses) * 100
+    assert f"{gap:.1f} pt" in lines[0]
+    assert lines[0].split()[-2:] == ["12.5", "%"]
+
+
+def test_a_simulation_with_a_link_says_how_fast_and_how_near_the_bound(width):
+    width(140)
+    first = simulation(1e9).results[0]
+    line = terminal_moe.simulation_text(simulation(1e9)).splitlines()[2]
+    assert f"{1e9 / first.bytes_per_token:.1f} tokens/s" in line
+    assert line.endswith("50 %")
