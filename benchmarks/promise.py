@@ -4,21 +4,26 @@
 
 Budgets are drawn at random between what the calibration's table can least do and what full depth in fp32
 needs; each feasible one is planned, exported and measured as `edgeflex bench` does, one thread. A plan counts
-as kept within 10 % on both sides.
+as kept within 10 % on both sides. A shared machine slows down for seconds at a time: the same program, the
+first plan's, is timed before and after each measurement, and the measurement is taken again when either differs by more
+than 5 % from that program's usual time (its median so far). Nothing about the plan itself decides that.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from edgeflex import flow
+from edgeflex.bundle import open_bundle
 from edgeflex.errors import InfeasibleError
 from edgeflex.plans import choose
+from edgeflex.runtimes.executorch import ExecutorchSession
 from edgeflex.schema import Budget, LatencyLimit, Tier
 
 
@@ -32,6 +37,43 @@ def random_budget(rng: np.random.Generator, low: dict[str, float], high: dict[st
         max_drop=float(rng.uniform(0.03, 0.15)),
         minimize=str(minimize),
     )
+
+
+class Yardstick:
+    """One program, timed again and again: tells whether the machine is as fast as usual."""
+
+    def __init__(self, program: bytes, segments) -> None:
+        self.file = tempfile.NamedTemporaryFile(suffix=".pte")  # noqa: SIM115 - lives as long as the run
+        self.file.write(program)
+        self.file.flush()
+        self.segments = segments
+        self.seen: list[float] = []
+
+    def time_s(self) -> float:
+        x = np.zeros(self.segments[0].input_shape, np.float32)
+        with ExecutorchSession(Path(self.file.name), self.segments) as session:
+            samples = []
+            for _ in range(300):
+                start = time.perf_counter()
+                session.infer(x, (None,) * len(self.segments))
+                samples.append(time.perf_counter() - start)
+        self.seen.append(float(np.mean(samples[20:])))
+        return self.seen[-1]
+
+    def usual(self, value: float) -> bool:
+        return abs(value / float(np.median(self.seen)) - 1) <= 0.05
+
+
+def measured(bundle: Path, arguments: argparse.Namespace, yardstick: Yardstick):
+    """Return the measurement and how often it was taken."""
+    for attempts in range(1, 9):  # noqa: B007 - the count is returned
+        before = yardstick.time_s()
+        result = flow.bench(bundle, arguments.data, images=arguments.images, repeats=3)
+        after = yardstick.time_s()
+        if yardstick.usual(before) and yardstick.usual(after):
+            break
+        time.sleep(2)
+    return result, attempts
 
 
 def main() -> None:
@@ -51,7 +93,10 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     kept = {"mean latency": 0, "memory": 0, "disk": 0}
     done, tried = [], set()
-    print(f"{'plan':>4} {'mean promised':>14} {'measured':>10} {'ratio':>6} {'memory':>7} {'disk':>6}  exits")
+    yardstick = None
+    print(
+        f"{'plan':>4} {'mean promised':>14} {'measured':>10} {'ratio':>6} {'memory':>7} {'disk':>6} {'taken':>5}  exits"
+    )
     while len(done) < arguments.plans:
         try:
             plan = flow.plan(arguments.calibration, random_budget(rng, low, high))
@@ -63,7 +108,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
             flow.export(plan, arguments.model, arguments.calibration, bundle)
-            result = flow.bench(bundle, arguments.data, images=arguments.images, repeats=3)
+            if yardstick is None:
+                yardstick = Yardstick((bundle / "program.pte").read_bytes(), open_bundle(bundle).manifest.segments)
+                for _ in range(5):
+                    yardstick.time_s()
+            result, attempts = measured(bundle, arguments, yardstick)
             size = (bundle / "program.pte").stat().st_size
         promised = plan.predicted.latency_s["mean"]
         ratio = result.latency_s["mean"] / promised
@@ -76,7 +125,7 @@ def main() -> None:
         shares = " ".join(f"{one:.2f}" for one in plan.exit_shares)
         print(
             f"{len(done):>4} {promised * 1e6:>11.1f} us {promised * ratio * 1e6:>7.1f} us "
-            f"{ratio:>6.3f} {memory:>7.3f} {'exact' if disk else 'OFF':>6}  {shares}",
+            f"{ratio:>6.3f} {memory:>7.3f} {'exact' if disk else 'OFF':>6} {attempts:>5}  {shares}",
             flush=True,
         )
     for name, count in kept.items():
