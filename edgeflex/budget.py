@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
 from edgeflex.schema import Budget, LatencyLimit, Tier
+from edgeflex.schema_moe import DecoderBudget
 from edgeflex.units import parse_share, parse_size_bytes, parse_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_CONTEXT_TOKENS, _PROMPT_TOKENS = 1024, 256
 _STATISTICS = ("mean", "p50", "p95", "p99", "worst")
 
 
@@ -97,4 +99,95 @@ def parse_budget(
             "minimize": what,
             "statistic": statistic or (limits[0].statistic if limits else "mean"),
         }
+    )
+
+
+def _token_time_s(text: str) -> float:
+    seconds, _, per = text.partition("/")
+    if per not in {"", "token"}:
+        raise InputError(f"{text!r} is a time per {per!r}. A decoder's latency is per token: write it as 60ms/token.")
+    return parse_time_s(seconds)
+
+
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value < 100.0:
+        raise InputError(f"{text!r} is no divergence in nats per token. Write it as 0.05.")
+    return value
+
+
+def _decoder_objective(text: str) -> str:
+    if text not in {"latency", "kl", "memory"}:
+        raise InputError(f"{text!r} is unknown. Choose latency, kl or memory.")
+    return text
+
+
+def parse_decoder_budget(
+    *,
+    memory: str | None = None,
+    latency: Sequence[str] = (),
+    first_token: str | None = None,
+    max_kl: str | None = None,
+    disk: str | None = None,
+    minimize: str | None = None,
+    prompt_tokens: int | None = None,
+    context_tokens: int | None = None,
+    most_tokens: int | None = None,
+) -> DecoderBudget:
+    """Return the budget of a mixture-of-experts decoder that the texts mean.
+
+    Args:
+        memory: Most bytes in host memory, for instance ``2GiB``.
+        latency: At most one time per decoded token, ``60ms/token`` or ``60ms``.
+        first_token: Most time to the first token of a prompt of ``prompt_tokens``.
+        max_kl: Most divergence from fp32, nats per token.
+        disk: Most bytes of the bundle.
+        minimize: ``latency``, ``kl`` or ``memory``; when absent, the first of latency, kl and memory without a
+            budget.
+        prompt_tokens: Length of the prompt that ``first_token`` is about; when absent, 256 or half of the context.
+        context_tokens: Length of the key-value cache; when absent, 1024 or ``most_tokens``, if that is fewer.
+        most_tokens: Longest context that the decoder knows.
+
+    Raises:
+        InputError: Texts that mean nothing; all of them stand in one error.
+    """
+    faults: list[str] = []
+
+    def read(option: str, text: str | None, parse: Callable[[str], Any]) -> Any:
+        if text is None:
+            return None
+        try:
+            return parse(text)
+        except InputError as error:
+            faults.append(f"{option}: {error}")
+            return None
+
+    if len(latency) > 1:
+        faults.append(f"--latency: {len(latency)} limits were given; a decoder has one, per token")
+    limits: dict[str, Any] = {
+        "memory_bytes": read("--memory", memory, parse_size_bytes),
+        "token_s": read("--latency", latency[0] if latency else None, _token_time_s),
+        "first_token_s": read("--first-token", first_token, parse_time_s),
+        "disk_bytes": read("--disk", disk, parse_size_bytes),
+        "max_kl": read("--max-kl", max_kl, _nats),
+    }
+    goal = read("--minimize", minimize, _decoder_objective)
+    if context_tokens is None:
+        context_tokens = min(_CONTEXT_TOKENS, most_tokens or _CONTEXT_TOKENS)
+    elif most_tokens is not None and context_tokens > most_tokens:
+        faults.append(f"--context: {context_tokens} tokens are more than the {most_tokens} that this decoder knows")
+    if prompt_tokens is None:
+        prompt_tokens = min(_PROMPT_TOKENS, context_tokens // 2)
+    if prompt_tokens > context_tokens:
+        faults.append(f"--prompt-tokens: {prompt_tokens} do not fit into --context {context_tokens}")
+    if faults:
+        raise InputError.collect("the budget", faults)
+    if goal is None:
+        free = (("latency", "token_s"), ("kl", "max_kl"), ("memory", "memory_bytes"))
+        goal = next((name for name, field in free if limits[field] is None), "latency")
+    return DecoderBudget.model_validate(
+        {**limits, "minimize": goal, "prompt_tokens": prompt_tokens, "context_tokens": context_tokens}
     )

@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. ``--json``
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -48,6 +49,8 @@ app = typer.Typer(
 )
 devices_app = typer.Typer(help="Shipped device profiles.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(devices_app, name="devices")
+trace_app = typer.Typer(help="Routing traces of mixture-of-experts decoders.", rich_markup_mode=None)
+app.add_typer(trace_app, name="trace")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -172,7 +175,9 @@ def devices_show(name: str, *, as_json: Json = False) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="zoo:NAME, package.module:factory, or a fitted model folder.")],
+    model: Annotated[
+        str, typer.Argument(help="zoo:NAME, package.module:factory, a fitted model, or a Hugging Face folder.")
+    ],
     *,
     weights: Weights = None,
     input_size: InputSize = None,
@@ -183,6 +188,14 @@ def inspect(
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
+    if flow.is_decoder(model):
+        if weights is not None or input_size is not None:
+            raise InputError(f"{model!r} is a decoder: leave --weights and --input-size out.")
+        decoder = flow.inspect_decoder(model)
+        if output is not None:
+            write_atomic(output, decoder.canonical_json())
+        _result(decoder, _decoder_text("decoder_graph_text"), as_json=as_json)
+        return
     graph, found = flow.inspect(model, weights, input_size=input_size)
     if output is not None:
         write_atomic(output, graph.canonical_json())
@@ -245,8 +258,10 @@ def fit_exits(
 @app.command()
 def calibrate(
     *,
-    model: Annotated[Path, typer.Option("--model", "-m", help="The folder that fit-exits wrote.")],
-    data: Data,
+    model: Annotated[Path, typer.Option("--model", "-m", help="What fit-exits wrote, or a Hugging Face folder.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Images, for a model of images.")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text, for a decoder.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Of the text, for a decoder.")] = 4096,
     device: Annotated[str | None, typer.Option("--device", "-d", help="Profile: name or device.json.")] = None,
     threads: Threads = 1,
     mixes: Annotated[int, typer.Option("--mixes", min=0, help="Mixes of precisions to run for real.")] = 8,
@@ -256,9 +271,25 @@ def calibrate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure losses, confidences and whole mixes on real images; the only slow stage, resumable."""
+    """Measure losses, confidences and whole mixes on real images or text; the only slow stage, resumable."""
     from edgeflex import flow
 
+    if flow.is_decoder(model):
+        if text is None or data is not None or device is not None:
+            raise InputError(f"{str(model)!r} is a decoder: give --text FILE, and neither --data nor --device.")
+        measured = flow.calibrate_decoder(
+            str(model), text, output, tokens=tokens, threads=_up_to(threads), seed=seed, overwrite=overwrite,
+            progress=_progress(quiet=quiet),
+        )  # fmt: skip
+        _result(measured, _decoder_text("decoder_calibration_text"), as_json=as_json)
+        if not as_json:
+            _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2GiB --latency 60ms/token")
+        return
+    if data is None or text is not None:
+        raise InputError(
+            f"{str(model)!r} holds no config.json, so it is no decoder but a model of images: give --data IMAGES, and "
+            "no --text."
+        )
     found = flow.calibrate(
         model,
         data,
@@ -277,6 +308,19 @@ def calibrate(
     _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2MiB --max-drop 2%")
 
 
+def _decoder_text(name: str) -> Callable[[Any], str]:
+    """Return a function of ``terminal_moe``, which is only read where a decoder is."""
+    from edgeflex import terminal_moe
+
+    shown: Callable[[Any], str] = getattr(terminal_moe, name)
+    return shown
+
+
+def _up_to(threads: int) -> tuple[int, ...]:
+    """Return the numbers of threads that a plan may choose among: 1, and the most that were allowed."""
+    return (1,) if threads == 1 else (1, threads)
+
+
 @app.command()
 def plan(
     calibration: Annotated[Path | None, typer.Argument(help="The folder that calibrate wrote.")] = None,
@@ -289,7 +333,24 @@ def plan(
     confidence: Annotated[str, typer.Option("--confidence", help="Of the accuracy promise.")] = "95%",
     disk: Annotated[str | None, typer.Option("--disk", help="Most bytes of the program file.")] = None,
     minimize: Annotated[
-        str | None, typer.Option("--minimize", help="latency[:statistic], memory or drop; else what has no budget.")
+        str | None,
+        typer.Option("--minimize", help="latency[:statistic], memory or drop (kl); else what has no budget."),
+    ] = None,
+    first_token: Annotated[
+        str | None, typer.Option("--first-token", help="Decoder: most time to the first token, e.g. 2s.")
+    ] = None,
+    max_kl: Annotated[
+        str | None, typer.Option("--max-kl", help="Decoder: most divergence from fp32, nats per token, e.g. 0.05.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", min=1, help="Decoder: prompt of --first-token; 256, or what fits.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=2, help="Decoder: tokens of prompt and answer; 1024, or what it knows."),
+    ] = None,
+    dry_run: Annotated[
+        str | None, typer.Option("--dry-run", metavar="MODEL", help="Decoder: what fits, from its headers alone.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", "-d", help="Plan for another profile.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Solve a saved cost table instead.")] = None,
@@ -303,6 +364,19 @@ def plan(
     from edgeflex.budget import parse_budget
     from edgeflex.files import write_atomic
 
+    if dry_run is not None or (calibration is not None and flow.is_decoder_calibration(calibration)):
+        idle = {"--max-drop": max_drop, "--table": table, "--device": device, "--plot": plot, "--sweep": sweep or None}
+        _plan_decoder(
+            calibration,
+            {
+                "memory": memory, "latency": latency or (), "first_token": first_token, "max_kl": max_kl, "disk": disk,
+                "minimize": minimize, "prompt_tokens": prompt_tokens, "context_tokens": context,
+            },
+            dry_run, [name for name, value in idle.items() if value is not None], output, as_json=as_json,
+        )  # fmt: skip
+        return
+    if first_token is not None or max_kl is not None:
+        raise InputError("--first-token and --max-kl are for decoders; give the calibration of one, or leave them out.")
     budget = parse_budget(
         memory=memory, latency=latency or (), max_drop=max_drop, confidence=confidence, minimize=minimize, disk=disk
     )
@@ -324,6 +398,39 @@ def plan(
         return
     _say(terminal.plan_text(made))
     _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
+
+
+def _plan_decoder(
+    calibration: Path | None,
+    limits: dict[str, Any],
+    dry_run: str | None,
+    idle: list[str],
+    output: Path,
+    *,
+    as_json: bool,
+) -> None:
+    from edgeflex import flow
+    from edgeflex.budget import parse_decoder_budget
+    from edgeflex.files import write_atomic
+
+    if idle:
+        raise InputError(f"{', '.join(idle)}: not for decoders. Leave out, and see --max-kl and --first-token.")
+    if dry_run is not None:
+        if calibration is not None:
+            raise InputError(f"--dry-run {dry_run} and the calibration {calibration} are two sources; give one.")
+        budget = parse_decoder_budget(**limits, most_tokens=flow.context_of(dry_run))
+        sizes = flow.decoder_sizes(dry_run, budget)
+        _result(sizes, _decoder_text("decoder_sizes_text"), as_json=as_json)
+        _end_with(kept=any(one.verdict != "decline" for one in sizes.uniform))
+        return
+    if calibration is None:
+        raise InputError("plan needs the folder that edgeflex calibrate wrote, or --dry-run MODEL. Name one.")
+    budget = parse_decoder_budget(**limits, most_tokens=flow.context_of(calibration))
+    made = flow.plan_decoder(calibration, budget)
+    write_atomic(output, made.canonical_json())
+    _result(made, _decoder_text("decoder_plan_text"), as_json=as_json)
+    if not as_json:
+        _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
 
 
 def _refuse_idle(*, table: Path | None, sweep: bool, device: str | None, calibration: Path | None) -> None:
@@ -355,19 +462,38 @@ def _curve(curve: Curve, plot: Path | None, *, as_json: bool) -> None:
 def export(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.json.")],
     *,
-    model: Annotated[Path, typer.Option("--model", "-m", help="The folder that fit-exits wrote.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="What was calibrated: a folder.")],
     calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
     device: Annotated[str | None, typer.Option("--device", "-d", help="The profile planned for, if another.")] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock/--no-stock", help="Decoder: also write what a stock ExecuTorch loads.")
+    ] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder.")] = Path("bundle"),
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one ExecuTorch program, read it back and hold it against the plan."""
+    """Write the bundle of a plan, read it back and hold it against the plan."""
     from edgeflex import flow
     from edgeflex.files import read_bytes
     from edgeflex.schema import Plan
     from edgeflex.units import format_bytes
+
+    if flow.is_decoder_document(plan_file):
+        from edgeflex.schema_moe import DecoderPlan
+
+        if device is not None:
+            raise InputError(
+                "--device is not for decoders: their plans are for the machine that calibrated. Leave out."
+            )
+        decided = DecoderPlan.parse(read_bytes(plan_file, "plan"), str(plan_file))
+        manifest = flow.export_decoder(
+            decided, str(model), calibration, output, stock=stock, overwrite=overwrite, progress=_progress(quiet=quiet)
+        )
+        _result(manifest, _decoder_text("decoder_bundle_text"), as_json=as_json)
+        if not as_json:
+            _say(f'\nWrote {output}. Next: edgeflex run {output} --prompt "Once upon a time"')
+        return
 
     made = Plan.parse(read_bytes(plan_file, "plan"), str(plan_file))
     bundle = flow.export(
@@ -392,7 +518,19 @@ def export(
 def run(
     bundle: Path,
     *,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Decoder: text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Decoder: the same from a file.")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Decoder: talk, line by line.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Decoder: most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Decoder: 0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Decoder: draw among so many.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Decoder: draw among this share.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Decoder: end before this text.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Decoder: bytes of experts, if not the plan's.")] = None,
+    policy: Annotated[str | None, typer.Option("--policy", help="Decoder: of the cache, if not the plan's.")] = None,
+    prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
+    seed: Seed = 0,
     runtime: Annotated[str, typer.Option("--runtime", help="What runs it.")] = "executorch",
     threads: PlanThreads = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
@@ -400,10 +538,26 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a bundle on images: answers, exits taken, raw latencies."""
+    """Run a bundle: on images (answers, exits taken, raw latencies), or a decoder on a prompt (text)."""
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
+    if flow.is_decoder_bundle(bundle):
+        if data is not None or limit is not None:
+            raise InputError("--data and --limit are for bundles of exits; a decoder takes --prompt.")
+        from edgeflex.flow import conversation
+
+        asked = conversation.Asked(
+            prompt=prompt, prompt_file=prompt_file, interactive=interactive, max_tokens=max_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p, stops=tuple(stop or ()), seed=seed, cache=cache,
+            policy=policy, prefetch=prefetch, threads=threads,
+        )  # fmt: skip
+        _converse(
+            conversation.Talk(bundle, asked, progress=_progress(quiet=quiet)), output, quiet=quiet, as_json=as_json
+        )
+        return
+    if data is None or prompt is not None or prompt_file is not None or interactive:
+        raise _for_exits(bundle, "give --data IMAGES, and no prompt")
     stats = flow.run(bundle, data, runtime=runtime, threads=threads, limit=limit, progress=_progress(quiet=quiet))
     write_atomic(output, stats.canonical_json())
     if as_json:
@@ -411,6 +565,39 @@ def run(
         return
     _say(terminal.run_text(stats))
     _say(f"\nWrote {output}")
+
+
+def _for_exits(bundle: Path, needed: str) -> EdgeflexError:
+    """Return what is wrong with a command for ``bundle``, which is no decoder's: it may be no whole bundle at all."""
+    from edgeflex.bundle import open_bundle
+
+    try:
+        open_bundle(bundle)
+    except EdgeflexError as error:
+        return error
+    return InputError(f"{str(bundle)!r} is a bundle of exits: {needed}.")
+
+
+def _converse(talk: Any, output: Path, *, quiet: bool, as_json: bool) -> None:
+    """Print answers as they are made; with ``--json`` the statistics alone."""
+    from edgeflex.files import write_atomic
+
+    with talk:
+        for pieces in talk.answers():
+            for piece in pieces:
+                if not as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            if not as_json:
+                _say()
+        stats = talk.stats()
+    write_atomic(output, stats.canonical_json())
+    if as_json:
+        _print_json({**stats.model_dump(mode="json"), "text": talk.said})
+    elif not quiet:
+        terminal.tell(f"\n{_decoder_text('generation_text')(stats)}\nWrote {output}")
+    if stats.stopped_by == "interrupt":
+        raise typer.Exit(_INTERRUPTED)
 
 
 def _end_with(*, kept: bool) -> None:
@@ -422,7 +609,11 @@ def _end_with(*, kept: bool) -> None:
 def bench(
     bundle: Path,
     *,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Decoder: UTF-8 text that prompts are taken from.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Decoder: tokens of an answer.")] = 64,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
     threads: PlanThreads = None,
@@ -434,7 +625,19 @@ def bench(
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
-    result = flow.bench(bundle, data, images=images, repeats=repeats, threads=threads, progress=_progress(quiet=quiet))
+    result: Any
+    if flow.is_decoder_bundle(bundle):
+        if text is None or data is not None:
+            raise InputError(f"{str(bundle)!r} is a decoder's bundle: give --text FILE, and no --data.")
+        result = flow.bench_decoder(
+            bundle, text, max_tokens=max_tokens, repeats=repeats, threads=threads, progress=_progress(quiet=quiet)
+        )
+    elif data is None or text is not None:
+        raise _for_exits(bundle, "give --data IMAGES, and no --text")
+    else:
+        result = flow.bench(
+            bundle, data, images=images, repeats=repeats, threads=threads, progress=_progress(quiet=quiet)
+        )
     write_atomic(output, result.canonical_json())
     if as_json:
         _print_json(result)
@@ -448,7 +651,7 @@ def bench(
 def verify(
     bundle: Path,
     *,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
     threads: PlanThreads = None,
@@ -460,6 +663,23 @@ def verify(
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
+    if flow.is_decoder_bundle(bundle):
+        if data is not None or model is not None or limit is not None:
+            raise InputError(
+                "--data, --model and --limit are for bundles of exits; a decoder's carries its own answers."
+            )
+        checks = flow.verify_decoder(bundle, threads=threads, progress=_progress(quiet=quiet))
+        document = {"kind": "decoder", "checks": [one.model_dump(mode="json") for one in checks]}
+        write_atomic(output, json.dumps(document, sort_keys=True))
+        if as_json:
+            _print_json(document)
+        else:
+            _say(terminal.checks_text(checks))
+            _say(f"\nWrote {output}")
+        _end_with(kept=all(one.ok for one in checks))
+        return
+    if data is None:
+        raise _for_exits(bundle, "give --data IMAGES")
     result = flow.verify(
         bundle, data, model_folder=model, limit=limit, threads=threads, progress=_progress(quiet=quiet)
     )
@@ -487,6 +707,15 @@ def report(
     from edgeflex.files import read_bytes
     from edgeflex.schema import BenchResult, RunStats, VerifyResult
 
+    if flow.is_decoder_bundle(bundle):
+        shown, sentence = flow.report_decoder(
+            bundle, output, bench_file=bench_file, stats_file=stats_file, verify_file=verify_file
+        )
+        _result(shown, lambda _: sentence, as_json=as_json)
+        if not as_json:
+            _say(f"\nWrote {output}")
+        return
+
     def read(kind: Any, path: Path | None) -> Any:
         return None if path is None else kind.parse(read_bytes(path, "measured figures"), str(path))
 
@@ -504,6 +733,45 @@ def report(
     _say(f"\nWrote {output}")
 
 
+@trace_app.command("simulate")
+def trace_simulate(
+    trace: Annotated[Path, typer.Argument(help="A recorded trace: trace.csv of a calibration, or a public one.")],
+    *,
+    cache: Annotated[str, typer.Option("--cache", help="Bytes of the cache, for instance 1000MiB,3000MiB.")],
+    policy: Annotated[str, typer.Option("--policy", help="Comma-separated, for instance lru,enu,belady.")] = "enu,lru",
+    link: Annotated[
+        str | None, typer.Option("--link", help="Bytes per second that misses are read at, e.g. 1GB: predicts time.")
+    ] = None,
+    compute: Annotated[
+        str | None, typer.Option("--compute", help="Time of a token with every expert in memory, e.g. 20ms.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="Expert bytes of this precision, where the trace has them.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rates to a .svg or .png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a routing trace through the runtime's own expert cache: hits and bytes for each size and policy."""
+    from edgeflex import flow
+    from edgeflex.units import parse_size_bytes, parse_time_s
+
+    replays = flow.simulate_trace(
+        trace,
+        [parse_size_bytes(part) for part in cache.split(",")],
+        [part.strip() for part in policy.split(",")],
+        precision=precision,
+        link_bytes_per_s=None if link is None else parse_size_bytes(link),
+        compute_s=None if compute is None else parse_time_s(compute),
+    )
+    if plot is not None:
+        from edgeflex.reports.decoder_charts import save_hit_rates
+
+        save_hit_rates(replays.results, plot)
+    _result(replays, _decoder_text("simulation_text"), as_json=as_json)
+    if plot is not None and not as_json:
+        _say(f"\nWrote {plot}")
+
+
 @app.command()
 def quickstart(
     *,
@@ -513,15 +781,23 @@ def quickstart(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Walk the whole corridor on a small real model that needs no network."""
+    """Walk the whole corridor on two small real models that need no network."""
     from edgeflex.quickstart import walk
 
-    built, page = walk(folder, progress=_progress(quiet=quiet))
+    made = walk(folder, progress=_progress(quiet=quiet))
     if as_json:
-        _print_json(built)
+        decoder = {
+            "plan": made.plan.model_dump(mode="json"),
+            "checks": [one.model_dump(mode="json") for one in made.checks],
+            "text": made.text,
+        }
+        _print_json({**made.report.model_dump(mode="json"), "decoder": decoder})
         return
-    _say(terminal.report_text(built))
-    _say(f"\nThe report: {page}")
+    _say("Digits, a network with early exits\n")
+    _say(terminal.report_text(made.report))
+    _say(f"\nThe report: {made.page}\n\nA tiny mixture-of-experts decoder, its experts read from disk\n")
+    _say(terminal.checks_text(made.checks))
+    _say(f"\nIt says: {made.text}\n\nThe report: {made.decoder_page}")
 
 
 def _fail(error: EdgeflexError) -> int:
@@ -571,6 +847,9 @@ def _run() -> int:
 
 def main() -> None:
     """Run the command line; the console script's entry."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does it: a terminal of another encoding shows what it can, and escapes the rest.
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal.quiet_libraries()
     code = _run()
     try:

@@ -1,23 +1,34 @@
-"""The whole corridor on a small real model: scikit-learn's digits, trained on the spot, no network needed."""
+"""The whole corridor on small real models, no network needed: scikit-learn's digits, and a tiny decoder.
+
+The network of digits is trained on the spot. The mixture-of-experts decoder comes with the package; it learnt from the
+texts that every Python carries, is calibrated on others of them, and runs under a memory budget that it does not fit.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edgeflex import flow
 from edgeflex.files import staged_folder, write_atomic
 from edgeflex.schema import Budget, LatencyLimit, Tier
+from edgeflex.schema_moe import DecoderBudget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgeflex.progress import Progress
+    from edgeflex.schema import Check, Report
+    from edgeflex.schema_moe import DecoderPlan
 
 _MODEL = "zoo:digits-cnn"
 _STAGES = 3
 _MIXES = 4
 _LATENCY_SHARE = 0.6
 _MAX_DROP = 0.05
+_PROMPT = "Return the "
+_DECODER_TOKENS = 1024
+_CACHED_SHARE = 0.4  # of the experts' bytes that the budget leaves room for
 
 
 def _train(folder: Path, progress: Progress) -> None:
@@ -50,8 +61,29 @@ def _budget(calibration: Path) -> Budget:
     )
 
 
-def walk(folder: Path, *, progress: Progress) -> tuple[Any, Path]:
-    """Walk the corridor into ``folder``; return the report and the path of its page.
+@dataclass(frozen=True)
+class Walked:
+    """What the quickstart made.
+
+    Attributes:
+        report: Of the network of digits.
+        page: Its page.
+        plan: Of the decoder.
+        checks: The decoder's promises, measured.
+        text: What it answered.
+        decoder_page: Its page.
+    """
+
+    report: Report
+    page: Path
+    plan: DecoderPlan
+    checks: tuple[Check, ...]
+    text: str
+    decoder_page: Path
+
+
+def walk(folder: Path, *, progress: Progress) -> Walked:
+    """Walk the corridor into ``folder``, for both models; return what was made.
 
     Everything is made anew: an earlier quickstart in ``folder`` is replaced, other folders are refused.
 
@@ -61,24 +93,64 @@ def walk(folder: Path, *, progress: Progress) -> tuple[Any, Path]:
     ours = (folder / "quickstart.txt").exists()
     with staged_folder(folder, overwrite=ours) as staging:
         write_atomic(staging / "quickstart.txt", "Written by `edgeflex quickstart`; replaced by the next.\n")
-        _train(staging, progress)
-        digits, model, calibration, bundle = (staging / name for name in ("digits", "model", "calibration", "bundle"))
-        device = flow.profile(staging / "device.json", quick=True, progress=progress)
-        flow.fit_exits(
-            _MODEL,
-            digits / "train",
-            model,
-            weights=staging / "weights.safetensors",
-            exits=_STAGES,
-            progress=progress,
-        )
-        flow.calibrate(model, digits / "dev", calibration, device=device, mixes=_MIXES, progress=progress)
-        planned = flow.plan(calibration, _budget(calibration))
-        write_atomic(staging / "plan.json", planned.canonical_json())
-        flow.export(planned, model, calibration, bundle, progress=progress)
-        benched = flow.bench(bundle, digits / "dev", progress=progress)
-        write_atomic(staging / "bench.json", benched.canonical_json())
-        verified = flow.verify(bundle, digits / "dev", model_folder=model, progress=progress)
-        write_atomic(staging / "verify.json", verified.canonical_json())
-        built = flow.report(bundle, staging / "report.html", bench_result=benched, verify_result=verified)
-    return built, folder / "report.html"
+        built = _walk_digits(staging, progress)
+        plan, checks, text = _walk_decoder(staging, progress)
+    return Walked(built, folder / "report.html", plan, checks, text, folder / "decoder.html")
+
+
+def _walk_digits(staging: Path, progress: Progress) -> Report:
+    _train(staging, progress)
+    digits, model, calibration, bundle = (staging / name for name in ("digits", "model", "calibration", "bundle"))
+    device = flow.profile(staging / "device.json", quick=True, progress=progress)
+    flow.fit_exits(
+        _MODEL,
+        digits / "train",
+        model,
+        weights=staging / "weights.safetensors",
+        exits=_STAGES,
+        progress=progress,
+    )
+    flow.calibrate(model, digits / "dev", calibration, device=device, mixes=_MIXES, progress=progress)
+    planned = flow.plan(calibration, _budget(calibration))
+    write_atomic(staging / "plan.json", planned.canonical_json())
+    flow.export(planned, model, calibration, bundle, progress=progress)
+    benched = flow.bench(bundle, digits / "dev", progress=progress)
+    write_atomic(staging / "bench.json", benched.canonical_json())
+    verified = flow.verify(bundle, digits / "dev", model_folder=model, progress=progress)
+    write_atomic(staging / "verify.json", verified.canonical_json())
+    built: Report = flow.report(bundle, staging / "report.html", bench_result=benched, verify_result=verified)
+    return built
+
+
+def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, tuple[Check, ...], str]:
+    from edgeflex.flow.conversation import Asked, Talk
+    from edgeflex.models.tiny_decoder import library_text, write_tiny_decoder
+
+    source, calibration, bundle = (staging / name for name in ("decoder", "decoder-calibration", "decoder-bundle"))
+    write_tiny_decoder(source)
+    texts = library_text("heldout")
+    text, unseen = staging / "text.txt", staging / "unseen.txt"
+    write_atomic(text, "\n\n".join(texts[: len(texts) // 2]))
+    write_atomic(unseen, "\n\n".join(texts[len(texts) // 2 :]))
+    flow.calibrate_decoder(str(source), text, calibration, tokens=_DECODER_TOKENS, progress=progress)
+    planned = flow.plan_decoder(calibration, _decoder_budget(calibration))
+    write_atomic(staging / "decoder-plan.json", planned.canonical_json())
+    flow.export_decoder(planned, str(source), calibration, bundle, stock=False, progress=progress)
+    with Talk(bundle, Asked(prompt=_PROMPT, max_tokens=48, temperature=0.7, top_k=40)) as talk:
+        said = "".join(piece for pieces in talk.answers() for piece in pieces)
+    benched = flow.bench_decoder(bundle, unseen, repeats=3, progress=progress)
+    write_atomic(staging / "decoder-bench.json", benched.canonical_json())
+    flow.report_decoder(bundle, staging / "decoder.html", bench_file=staging / "decoder-bench.json")
+    return planned, benched.checks, _PROMPT + said
+
+
+def _decoder_budget(calibration: Path) -> DecoderBudget:
+    """Return a memory budget that leaves room for a part of the experts only."""
+    free = flow.plan_decoder(calibration, DecoderBudget(minimize="kl", context_tokens=512))
+    needed = free.predicted.memory
+    return DecoderBudget(
+        memory_bytes=needed.total_bytes - int((1 - _CACHED_SHARE) * needed.cache_bytes),
+        minimize="latency",
+        max_kl=0.05,
+        context_tokens=512,
+    )

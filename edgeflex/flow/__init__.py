@@ -1,26 +1,54 @@
 """The corridor: every stage in order, each a function from files to a file. No arithmetic lives here.
 
-``measure`` is what touches hardware, ``decide`` what does not, ``ship`` what a bundle goes through.
+``measure`` is what touches hardware, ``decide`` what does not, ``ship`` what a bundle goes through; ``decoders``
+and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``conversation`` their answers.
 """
 
 from edgeflex.flow.decide import open_calibration, plan, solve_table, sweep
+from edgeflex.flow.decoder_bundles import bench_decoder, export_decoder, report_decoder, verify_decoder
+from edgeflex.flow.decoders import (
+    calibrate_decoder,
+    context_of,
+    decoder_sizes,
+    inspect_decoder,
+    is_decoder,
+    is_decoder_bundle,
+    is_decoder_calibration,
+    is_decoder_document,
+    plan_decoder,
+    simulate_trace,
+)
 from edgeflex.flow.measure import BACKEND, calibrate, fit_exits, inspect, profile, versions
 from edgeflex.flow.ship import bench, export, report, run, verify
 
 __all__ = [
     "BACKEND",
     "bench",
+    "bench_decoder",
     "calibrate",
+    "calibrate_decoder",
+    "context_of",
+    "decoder_sizes",
     "export",
+    "export_decoder",
     "fit_exits",
     "inspect",
+    "inspect_decoder",
+    "is_decoder",
+    "is_decoder_bundle",
+    "is_decoder_calibration",
+    "is_decoder_document",
     "open_calibration",
     "plan",
+    "plan_decoder",
     "profile",
     "report",
+    "report_decoder",
     "run",
+    "simulate_trace",
     "solve_table",
     "sweep",
     "verify",
+    "verify_decoder",
     "versions",
 ]

@@ -14,15 +14,29 @@ import typer
 import edgeflex
 from edgeflex.cli import app
 
-HEAVY = ("executorch", "jinja2", "matplotlib", "onnx", "onnxruntime", "scipy", "sklearn", "torch", "torchao")
+HEAVY = (
+    "executorch",
+    "jinja2",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "scipy",
+    "sklearn",
+    "tokenizers",
+    "torch",
+    "torchao",
+    "transformers",
+)
 WITHOUT_TORCH = (
     "edgeflex.budget",
     "edgeflex.bundle",
+    "edgeflex.bundle_moe",
     "edgeflex.cli",
     "edgeflex.costs.store",
     "edgeflex.errors",
     "edgeflex.files",
     "edgeflex.flow",
+    "edgeflex.flow.conversation",
     "edgeflex.images",
     "edgeflex.plans",
     "edgeflex.profiles",
@@ -31,15 +45,23 @@ WITHOUT_TORCH = (
     "edgeflex.registry",
     "edgeflex.reports",
     "edgeflex.runtimes",
+    "edgeflex.runtimes.decoder",
+    "edgeflex.runtimes.decoder_bench",
+    "edgeflex.runtimes.decoder_rates",
+    "edgeflex.runtimes.replay",
     "edgeflex.schema",
+    "edgeflex.schema_moe",
     "edgeflex.terminal",
+    "edgeflex.terminal_moe",
     "edgeflex.units",
 )
 
 
 def modules() -> list[str]:
     found = pkgutil.walk_packages(edgeflex.__path__, "edgeflex.", onerror=lambda _name: None)
-    return ["edgeflex", *(one.name for one in found if not one.name.endswith("__main__"))]
+    # the native library lies among the modules, and pkgutil takes it for one
+    ours = (one.name for one in found if not one.name.endswith(("__main__", "libedgeflex_decoder")))
+    return ["edgeflex", *ours]
 
 
 def commands() -> list[tuple[str, ...]]:

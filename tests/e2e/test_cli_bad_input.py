@@ -162,6 +162,9 @@ BAD_LINES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("plan.json", "does not exist"),
     ),
     ("no bundle", ("run", "in/none", "--data", "in/images"), ("in/none", "not a folder")),
+    ("no bundle and no images", ("run", "in/none"), ("in/none", "not a folder")),
+    ("prompt for images", ("run", "in/bundle", "--prompt", "a"), ("in/bundle", "bundle of exits", "--data")),
+    ("text for images", ("calibrate", "--model", "in/empty", "--text", "in/other.json"), ("config.json", "no --text")),
     ("unknown runtime", ("run", "in/bundle", "--data", "in/images", "--runtime", "executorh"), ("'executorch'",)),
     ("garbage as figures", ("report", "in/bundle", "--bench", "in/garbage.json"), ("not a valid BenchResult",)),
 ]

@@ -1,0 +1,271 @@
+"""Bundles of decoders: export with what the exported numbers do to the decoder, bench, verify, report."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from edgeflex.errors import InfeasibleError, InputError
+from edgeflex.files import read_bytes
+from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, plan_decoder, read_array, utf8
+from edgeflex.schema import Check, Precision
+from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, Expected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflex.models.decoder_reference import Reference
+    from edgeflex.models.decoders import DecoderSource
+    from edgeflex.progress import Progress
+    from edgeflex.reports.decoder import DecoderReportDocument
+    from edgeflex.schema_moe import DecoderGraph, DecoderManifest, MissPoint
+
+    Ints = NDArray[np.int64]
+
+_KEPT_BYTES = 1 << 30  # of a source's tensors, so that a small decoder is read once
+_CURVE_POINTS = 7
+_EXPECTED_PROMPT, _EXPECTED_ANSWER = 16, 16
+
+
+# --- export ----------------------------------------------------------------------------------------------
+
+
+def export_decoder(
+    planned: DecoderPlan,
+    place: str,
+    folder: Path,
+    out: Path,
+    *,
+    stock: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DecoderManifest:
+    """Write a decoder's bundle, read it back, and measure the exported numbers against fp32 on text kept for that.
+
+    Raises:
+        InputError: The plan is another model's or calibration's, or was changed by hand.
+        InfeasibleError: The exported numbers diverge more than the budget allows.
+        UnsupportedError: The bundle does not hold the plan.
+    """
+    from edgeflex.exporters.decoder import export_decoder as write_bundle
+    from edgeflex.models.decoders import open_decoder
+
+    source = open_decoder(place)
+    if source.graph.digest() != planned.graph_digest:
+        raise InputError(
+            f"the plan is for decoder {planned.graph_digest[:12]}, {place!r} is {source.graph.digest()[:12]}. "
+            "Give the decoder that was calibrated."
+        )
+    again = plan_decoder(folder, planned.budget)
+    # the proof says how long the search took, which differs
+    kept = [name for name in DecoderPlan.model_fields if name != "proof"]
+    changed = [name for name in kept if getattr(again, name) != getattr(planned, name)]
+    if changed:
+        raise InputError(
+            f"planning again gives another {', '.join(changed)} than the plan's. It was changed, or the calibration "
+            "was; run edgeflex plan again."
+        )
+    quality = _Quality(source, planned, folder)
+    return write_bundle(
+        source, planned, out, progress=progress, stock=stock, overwrite=overwrite, measured=quality.measure
+    )
+
+
+class _Quality:
+    """What the exported numbers do to the decoder, on text that chose nothing."""
+
+    def __init__(self, source: DecoderSource, planned: DecoderPlan, folder: Path) -> None:
+        self._source = source
+        self._planned = planned
+        self._check = folder / CHECK_TEXT
+
+    def measure(self, weights: Callable[[str], Any]) -> dict[str, Any]:
+        """Return the manifest's measured fields, given the exported numbers by name.
+
+        Raises:
+            InfeasibleError: The divergence is above the budget's.
+        """
+        import numpy as np
+        import torch
+
+        from edgeflex.models.decoder_reference import Reference, divergence
+
+        tokens = torch.from_numpy(read_array(self._check))
+        true = Reference(self._source, keep_bytes=_KEPT_BYTES)
+        other = true.replaced(weights)
+        with torch.no_grad():
+            clean, changed = true.forward(tokens), other.forward(tokens)
+            kl = float(divergence(true, clean.hidden, other, changed.hidden).mean())
+            losses = [float(one.losses(tokens, two.hidden).mean()) for one, two in ((true, clean), (other, changed))]
+            agreement = _agreement(clean.routed, changed.routed)
+            expected = [self._answer(other, row) for row in tokens[:2].tolist()]
+        limit = self._planned.budget.max_kl
+        if limit is not None and not kl <= limit:  # also true of NaN
+            raise InfeasibleError(
+                f"the exported numbers diverge by {kl:.4f} nats per token on text that chose nothing; the budget is "
+                f"{limit:.4f} and the additive estimate said {self._planned.predicted.kl:.4f}. Plan with "
+                f"--max-kl {limit * limit / kl:.4f}, or allow more.",
+                binding=("max kl",),
+                least={"max kl": kl},
+                relaxation=f"--max-kl {kl:.4f}",
+            )
+        return {
+            "points": _miss_curve(self._planned, self._source.graph, self._check.parent),
+            "measured_kl": kl,
+            "reference_perplexity": float(np.exp(losses[0])),
+            "measured_perplexity": float(np.exp(losses[1])),
+            "router_agreement": agreement,
+            "expected": tuple(expected),
+        }
+
+    @staticmethod
+    def _answer(reference: Reference, row: Sequence[int]) -> Expected:
+        prompt = tuple(row[:_EXPECTED_PROMPT])
+        return Expected(prompt=prompt, tokens=tuple(reference.generate(prompt, _EXPECTED_ANSWER)))
+
+
+def _miss_curve(planned: DecoderPlan, graph: DecoderGraph, folder: Path) -> tuple[MissPoint, ...]:
+    """Return replays of the plan's policy and of LRU, from one token's experts to all of them."""
+    import numpy as np
+
+    from edgeflex.costs.decoder_calibration import read_routing
+    from edgeflex.runtimes.replay import miss_point
+
+    if planned.verdict != "offload":
+        return ()
+    replays = Replays(graph, read_routing(folder), planned.budget.prompt_tokens)
+    sizes = _planned_sizes(planned, graph)
+    caches = np.geomspace(min(planned.cache_bytes, planned.cycle_bytes), int(sizes.sum()), _CURVE_POINTS).astype(int)
+    trace = replays.trace(64)
+    return tuple(
+        miss_point(trace, int(cache), policy, sizes=sizes, with_belady=policy == planned.policy)
+        for policy in dict.fromkeys((planned.policy, "lru"))
+        for cache in sorted({*caches.tolist(), planned.cache_bytes})
+        if cache >= sizes.max()
+    )
+
+
+def _planned_sizes(planned: DecoderPlan, graph: DecoderGraph) -> Ints:
+    """Return [layers, experts] bytes of the packed experts."""
+    import numpy as np
+
+    from edgeflex.plans.decoder_costs import expert_bytes
+
+    chosen = {one.subject: Precision(one.option) for one in planned.choices}
+    shapes, packed = graph.matrix_shapes(), packed_bytes()
+    most = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)
+    sizes = np.zeros((len(graph.layers), most), dtype=np.int64)
+    for layer in graph.layers:
+        for expert in range(layer.routing.experts if layer.routing is not None else 0):
+            unit = f"layers.{layer.index}.experts.{expert}"
+            pair = [shapes[f"{unit}.{name}"] for name in ("gate_up", "down")]
+            sizes[layer.index, expert] = expert_bytes(chosen[unit], pair, packed)
+    return sizes
+
+
+def _agreement(true: Sequence[Any], other: Sequence[Any]) -> float:
+    """Return the share of the routers' choices that stayed."""
+    same = total = 0
+    for one, two in zip(true, other, strict=True):
+        if one is not None:
+            same += int((one.experts[:, :, None] == two.experts[:, None, :]).sum())
+            total += one.experts.numel()
+    return same / max(1, total)
+
+
+# --- bench and verify --------------------------------------------------------------------------------------
+
+
+def bench_decoder(
+    bundle: Path,
+    text: Path,
+    *,
+    prompts: int = 3,
+    max_tokens: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DecoderBench:
+    """Answer prompts from a text, each repeat in a fresh process, and hold the plan's promises against it.
+
+    Raises:
+        InputError: The text is too short for the planned prompt.
+        BundleError: The bundle is damaged.
+    """
+    from edgeflex.profiles import conditions, machine
+    from edgeflex.runtimes.decoder import DecoderSession, Settings
+    from edgeflex.runtimes.decoder_bench import bench_decoder as measure
+
+    session = DecoderSession.from_bundle(bundle)
+    plan = session.manifest.plan
+    most = plan.context_tokens - max_tokens
+    length = min(plan.budget.prompt_tokens, most)
+    if length < 1:
+        raise InputError(
+            f"{max_tokens} tokens of an answer leave no room for a prompt in a context of {plan.context_tokens}. "
+            "Ask for fewer."
+        )
+    ids = session.tokenizer().encode(utf8(text)).ids
+    if len(ids) < length:
+        raise InputError(f"{text}: {len(ids)} tokens are fewer than the planned prompt's {length}. Give more text.")
+    starts = [index * (len(ids) - length) // max(1, prompts - 1) for index in range(prompts)]
+    return measure(
+        bundle,
+        [ids[start : start + length] for start in starts],
+        max_tokens=max_tokens,
+        repeats=repeats,
+        settings=None if threads is None else Settings(threads=threads),
+        device=machine().cpu_model or "this machine",
+        conditions=conditions,
+        progress=progress,
+    )
+
+
+def verify_decoder(bundle: Path, *, threads: int | None = None, progress: Progress | None = None) -> tuple[Check, ...]:
+    """Check a bundle's files, packed weights, answers and limits.
+
+    Raises:
+        BundleError: The manifest is damaged.
+    """
+    from edgeflex.profiles import machine
+    from edgeflex.runtimes.decoder import Settings
+    from edgeflex.runtimes.decoder_bench import verify_decoder as check
+
+    settings = None if threads is None else Settings(threads=threads)
+    return check(bundle, settings=settings, device=machine().cpu_model or "this machine", progress=progress)
+
+
+def report_decoder(
+    bundle: Path,
+    out: Path,
+    *,
+    bench_file: Path | None = None,
+    stats_file: Path | None = None,
+    verify_file: Path | None = None,
+) -> tuple[DecoderReportDocument, str]:
+    """Write the page of a decoder's bundle; return what it shows and the outcome in words.
+
+    Raises:
+        InputError: A result was measured on another bundle.
+    """
+    from edgeflex.bundle_moe import open_decoder_bundle
+    from edgeflex.reports.decoder import build_decoder_report, outcome, save_decoder_report
+
+    manifest = open_decoder_bundle(bundle).manifest
+
+    def read(kind: Any, path: Path | None) -> Any:
+        return None if path is None else kind.parse(read_bytes(path, "measured figures"), str(path))
+
+    checks: tuple[Check, ...] = ()
+    if verify_file is not None:
+        document = json.loads(read_bytes(verify_file, "measured figures"))
+        checks = tuple(Check.model_validate(one) for one in document.get("checks", ()))
+    built = build_decoder_report(
+        manifest, read(DecoderBench, bench_file), read(DecoderRunStats, stats_file), manifest.points, checks
+    )
+    save_decoder_report(built, out)
+    return built, outcome(built)[1]
