@@ -733,6 +733,31 @@ def report(
     _say(f"\nWrote {output}")
 
 
+@trace_app.command("record")
+def trace_record(
+    bundle: Annotated[Path, typer.Argument(help="A decoder's bundle.")],
+    *,
+    prompt_file: Annotated[Path, typer.Option("--prompt-file", help="UTF-8 text to go on from.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens to answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the trace goes.")] = Path("trace.csv"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer a prompt and write which experts every token used."""
+    from edgeflex import flow
+
+    tokens = flow.record_trace(
+        bundle, prompt_file, output, max_tokens=max_tokens, temperature=temperature, seed=seed,
+        progress=_progress(quiet=quiet),
+    )  # fmt: skip
+    if as_json:
+        _print_json({"tokens": tokens, "output": str(output)})
+        return
+    _say(f"{tokens} answered tokens\n\nWrote {output}. Next: edgeflex trace simulate {output} --cache 1GiB")
+
+
 @trace_app.command("simulate")
 def trace_simulate(
     trace: Annotated[Path, typer.Argument(help="A recorded trace: trace.csv of a calibration, or a public one.")],

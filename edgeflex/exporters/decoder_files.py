@@ -7,6 +7,7 @@ and its hash is taken from what was read.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -165,15 +166,22 @@ class WeightFiles:
         files = tuple(data_files(self._source, self._precisions))
         entries: list[FileEntry] = []
         records: list[MatrixRecord] = []
+        for file in files:
+            # not by the threads: one that Ctrl-C left behind would bring back the folder after it was removed
+            (self._folder / file.path).parent.mkdir(parents=True, exist_ok=True)
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
         with told.task("weights", len(files)) as advance, ThreadPoolExecutor(workers) as pool:
             experts = [file for file in files if file.kind != file.path]
             others = (self._write(file) for file in files if file.kind == file.path)
-            for found in (others, pool.map(self._write, experts)):
-                for entry, places in found:
+            try:
+                for entry, places in itertools.chain(others, pool.map(self._write, experts)):
                     entries.append(entry)
                     records.extend(places)
                     advance(1)
+            except BaseException:
+                # else leaving the pool would first write every expert that waits there, for minutes after Ctrl-C
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         if self._source.graph.tied_embedding:
             embedding = next(record for record in records if record.name == "embedding")
             records.append(embedding.model_copy(update={"name": "head"}))
@@ -188,7 +196,6 @@ class WeightFiles:
         front = self._front(tuple(_data_piece(name, one.nbytes, asked.get(name, ())) for name, one in pieces.items()))
         places = dict(zip(pieces, front.offsets, strict=True))
         path = self._folder / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
         _write_pieces(path, front, tuple(pieces.values()))
         digest = _read_back(path, front, tuple(pieces.values()))
         entry = FileEntry(path=file.path, role=file.path, size_bytes=front.size_bytes, sha256=digest)

@@ -5,7 +5,7 @@ and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``convers
 """
 
 from edgeflex.flow.decide import open_calibration, plan, solve_table, sweep
-from edgeflex.flow.decoder_bundles import bench_decoder, export_decoder, report_decoder, verify_decoder
+from edgeflex.flow.decoder_bundles import bench_decoder, export_decoder, record_trace, report_decoder, verify_decoder
 from edgeflex.flow.decoders import (
     calibrate_decoder,
     context_of,
@@ -42,6 +42,7 @@ __all__ = [
     "plan",
     "plan_decoder",
     "profile",
+    "record_trace",
     "report",
     "report_decoder",
     "run",

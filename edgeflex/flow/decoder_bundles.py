@@ -269,3 +269,30 @@ def report_decoder(
     )
     save_decoder_report(built, out)
     return built, outcome(built)[1]
+
+
+def record_trace(
+    bundle: Path,
+    prompt_file: Path,
+    out: Path,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> int:
+    """Answer a prompt, write the routing of prompt and answer to ``out``, and return the answered tokens.
+
+    Raises:
+        InputError: The prompt is empty, too long or no text.
+        BundleError: The bundle is damaged.
+    """
+    from edgeflex.runtimes.decoder import DecoderSession, Settings
+    from edgeflex.runtimes.sampling import Sampler
+    from edgeflex.runtimes.trace import write_trace
+
+    with DecoderSession.from_bundle(bundle, Settings(record=True), progress=progress) as session:
+        prompt = session.tokenizer().encode(utf8(prompt_file)).ids
+        answered = sum(1 for _ in session.generate(prompt, max_tokens, Sampler(temperature=temperature, seed=seed)))
+        write_trace(out, session.trace())
+    return answered

@@ -90,7 +90,7 @@ def explain(search: Search, limits: Limits) -> InfeasibleError:
         return InfeasibleError(message, binding=named, least=least, relaxation=relaxation)
     reason, why, cycle, interval = declined
     return DeclinedError(
-        f"declined: {why} {message}",
+        f"declined: {why} {message[0].upper()}{message[1:]}",
         reason=reason,
         cycle_bytes=cycle,
         token_s=interval,
