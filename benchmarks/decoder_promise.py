@@ -1,0 +1,73 @@
+"""Promise against measurement for decoders: random budgets, each planned, exported and measured.
+
+    python benchmarks/decoder_promise.py --model moe-lm --calibration calibration --text heldout.txt --budgets 10
+
+Memory budgets lie at random between what the smallest cache needs and what everything needs, some with a limit on
+divergence or on time. Kept: mean seconds of a decoded token within 15 % and memory within 5 % of the plan, both
+ways. The text must not be the calibration's. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from edgeflex import flow
+from edgeflex.errors import InfeasibleError
+from edgeflex.schema_moe import DecoderBudget
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(arguments.seed)
+    sizes = {"context_tokens": arguments.context, "prompt_tokens": arguments.prompt}
+    free = flow.plan_decoder(arguments.calibration, DecoderBudget(minimize="kl", **sizes)).predicted.memory
+    least = free.total_bytes - free.cache_bytes
+    kept = {"time per token": 0, "memory": 0}
+    done = 0
+    print(
+        f"{'budget':>10} {'verdict':>8} {'promised':>10} {'measured':>10} {'ratio':>6} {'memory':>7} {'hits':>6} {'seen':>6}"
+    )
+    while done < arguments.budgets:
+        budget = DecoderBudget(
+            memory_bytes=int(least + rng.uniform(0.12, 1.05) * free.cache_bytes),
+            max_kl=float(rng.choice([0.005, 0.02, 1.0])),
+            minimize="latency",
+            **sizes,
+        )
+        try:
+            plan = flow.plan_decoder(arguments.calibration, budget)
+        except InfeasibleError:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = Path(folder) / "bundle"
+            flow.export_decoder(plan, arguments.model, arguments.calibration, bundle, stock=False)
+            result = flow.bench_decoder(bundle, arguments.text, prompts=3, max_tokens=96, repeats=3)
+        checks = {one.name: one for one in result.checks}
+        time, memory, hits = checks["time per token"], checks["memory"], checks["hit rate"]
+        ratio, share = time.measured / time.promised, memory.measured / memory.promised
+        kept["time per token"] += abs(ratio - 1) <= 0.15
+        kept["memory"] += abs(share - 1) <= 0.05
+        done += 1
+        print(
+            f"{budget.memory_bytes / 2**20:>6.1f} MiB {plan.verdict:>8} {time.promised * 1e3:>7.3f} ms "
+            f"{time.measured * 1e3:>7.3f} ms {ratio:>6.3f} {share:>7.3f} {hits.promised:>6.1%} {hits.measured:>6.1%}",
+            flush=True,
+        )
+    for name, count in kept.items():
+        print(f"{name}: {count} of {done}")
+
+
+if __name__ == "__main__":
+    main()
