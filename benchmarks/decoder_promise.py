@@ -36,9 +36,7 @@ def main() -> None:
     least = free.total_bytes - free.cache_bytes
     kept = {"time per token": 0, "memory": 0}
     done = 0
-    print(
-        f"{'budget':>10} {'verdict':>8} {'promised':>10} {'measured':>10} {'ratio':>6} {'memory':>7} {'hits':>6} {'seen':>6}"
-    )
+    print("    budget  verdict   promised   measured  ratio  memory   hits   seen")
     while done < arguments.budgets:
         budget = DecoderBudget(
             memory_bytes=int(least + rng.uniform(0.12, 1.05) * free.cache_bytes),
