@@ -277,6 +277,15 @@ def test_two_generations_at_once_on_one_session_are_refused(bundle):
             next(old)
 
 
+@pytest.fixture
+def listening():
+    """Hear interrupts; a test run in the background of a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_control_c_between_tokens_keeps_what_was_said(bundle, expected):
     calls = count()
 
@@ -292,6 +301,7 @@ def test_control_c_between_tokens_keeps_what_was_said(bundle, expected):
         assert list(session.generate(PROMPT, NEW)) == expected
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("at", [3, 30, 60])
 def test_control_c_while_experts_are_read_keeps_what_was_said(bundle, expected, at):
     calls = count()

@@ -263,7 +263,8 @@ def test_an_impossible_budget_is_answered_with_the_least_that_works(corridor: Co
 def shipped_table(corridor: Corridor) -> CostTable:
     """Return the table that the plan is about: one mix, its scenarios and the careful ones before them."""
     folder, _, _, table, candidates = flow.open_calibration(corridor.calibration)
-    chosen = choose.pick(table, candidates.candidates, corridor.plan.budget)
+    samples = len(folder.part("choose"))
+    chosen = choose.pick(table, candidates.candidates, corridor.plan.budget, samples=samples)
     assert chosen is not None
     longer: choose.Pick = _with_safety(chosen, folder, corridor.plan.budget, candidates)
     return longer.table
