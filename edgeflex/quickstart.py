@@ -7,7 +7,7 @@ texts that every Python carries, is calibrated on others of them, and runs under
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeflex import flow
 from edgeflex.files import staged_folder, write_atomic
@@ -133,7 +133,7 @@ def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, tuple
     write_atomic(text, "\n\n".join(texts[: len(texts) // 2]))
     write_atomic(unseen, "\n\n".join(texts[len(texts) // 2 :]))
     flow.calibrate_decoder(str(source), text, calibration, tokens=_DECODER_TOKENS, progress=progress)
-    planned = flow.plan_decoder(calibration, _decoder_budget(calibration))
+    planned = flow.plan_decoder(calibration, _decoder_budget(source, calibration))
     write_atomic(staging / "decoder-plan.json", planned.canonical_json())
     flow.export_decoder(planned, str(source), calibration, bundle, stock=False, progress=progress)
     with Talk(bundle, Asked(prompt=_PROMPT, max_tokens=48, temperature=0.7, top_k=40)) as talk:
@@ -144,13 +144,13 @@ def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, tuple
     return planned, benched.checks, _PROMPT + said
 
 
-def _decoder_budget(calibration: Path) -> DecoderBudget:
-    """Return a memory budget that leaves room for a part of the experts only."""
-    free = flow.plan_decoder(calibration, DecoderBudget(minimize="kl", context_tokens=512))
-    needed = free.predicted.memory
+def _decoder_budget(source: Path, calibration: Path) -> DecoderBudget:
+    """Return a memory budget that leaves room for a part of the experts only, whatever their precision."""
+    limits: dict[str, Any] = {"context_tokens": 512, "prompt_tokens": 128}
+    held = flow.plan_decoder(calibration, DecoderBudget(minimize="kl", **limits)).predicted.memory
+    smallest = min(one.experts_bytes for one in flow.decoder_sizes(str(source), DecoderBudget(**limits)).uniform)
     return DecoderBudget(
-        memory_bytes=needed.total_bytes - int((1 - _CACHED_SHARE) * needed.cache_bytes),
-        minimize="latency",
-        max_kl=0.05,
-        context_tokens=512,
+        memory_bytes=held.total_bytes - held.cache_bytes + int(_CACHED_SHARE * smallest),
+        minimize="kl",
+        **limits,
     )

@@ -198,13 +198,15 @@ class MatrixRate(Noun):
 class DecoderRates(Document):
     """What this machine does with this decoder's shapes; measured, never assumed.
 
-    ``read_bytes_per_s`` is the store's sequential rate with as many reads in flight as the runtime keeps.
+    ``read_bytes_per_s`` is the store's rate with as many reads in flight as the runtime keeps, and
+    ``first_read_bytes_per_s`` the same where each expert's hash is checked, as at its first use.
     ``other_token_s`` is what a decoded token costs beside matrices (attention, norms, routing, the loop).
     """
 
     device: str
     matrices: tuple[MatrixRate, ...]
     read_bytes_per_s: float
+    first_read_bytes_per_s: float | None = None
     read_latency_s: float
     memory_bytes_per_s: float
     other_token_s: float

@@ -225,7 +225,8 @@ def _with_traffic(
             prefill = ground.prefill_bytes(sizes, plan.cache_bytes, plan.policy, plan.prefill_chunk_tokens)
         if prefill:
             steps = math.ceil(plan.budget.prompt_tokens / plan.prefill_chunk_tokens)
-            first += prefill / rates.read_bytes_per_s + steps * len(counts) * rates.read_latency_s
+            checked = rates.read_bytes_per_s if rates.first_read_bytes_per_s is None else rates.first_read_bytes_per_s
+            first += prefill / checked + steps * len(counts) * rates.read_latency_s
     losses: dict[tuple[str, Precision], float] = {}
     for one in ground.calibration.losses:
         losses[one.unit, one.precision] = max(0.0, one.kl)

@@ -214,7 +214,8 @@ class Predictor:
             return 0.0
         events = math.ceil(self.prompt_tokens / setting.chunk_tokens) * self.space.moe_layers
         rates = self.space.rates
-        return traffic.prefill_bytes / rates.read_bytes_per_s + events * rates.read_latency_s
+        rate = rates.first_read_bytes_per_s or rates.read_bytes_per_s  # experts are checked at their first use
+        return traffic.prefill_bytes / rate + events * rates.read_latency_s
 
     def memory(self, mix: Mix, setting: Setting) -> DecoderMemory:
         """Return what the run holds."""

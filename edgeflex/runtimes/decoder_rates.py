@@ -7,6 +7,7 @@ shape, whose own matrices are taken off. Reads go through the runtime's own read
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import tempfile
@@ -88,11 +89,12 @@ def measure_rates(
             advance(1)
     other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
     record_bytes = _expert_bytes(graph)
-    rate, latency_s = _reads(folder, record_bytes, clock)
+    rate, first_rate, latency_s = _reads(folder, record_bytes, clock)
     return DecoderRates(
         device=device,
         matrices=tuple(matrices),
         read_bytes_per_s=rate,
+        first_read_bytes_per_s=min(rate, first_rate),
         read_latency_s=latency_s,
         memory_bytes_per_s=memory_bytes_per_s,
         other_token_s=other_s,
@@ -139,9 +141,24 @@ def _beside_matrices(graph: DecoderGraph, threads: int, clock: Clock) -> tuple[f
             start = clock()
             engine.forward(tokens[:1], position)
             decoded.append(clock() - start - _in_matrices(engine))
+            engine.take_events()
+        answered_s = _answering_s(engine, graph, clock)
     del held  # lived as long as the engine
     scale = len(graph.layers) / len(sparse)
-    return float(np.median(decoded)) * scale, max(prefill_s, 0.0) / chunk * scale
+    return float(np.median(decoded)) * scale + answered_s, max(prefill_s, 0.0) / chunk * scale
+
+
+def _answering_s(engine: Engine, graph: DecoderGraph, clock: Clock) -> float:
+    """Return the seconds of taking a token from the logits: the loop around the engine, whatever the layers."""
+    logits = np.zeros(graph.vocabulary, np.float32)
+    seconds = []
+    for _ in range(_DECODED):
+        start = clock()
+        engine.logits()
+        engine.times()
+        int(logits.copy().argmax())
+        seconds.append(clock() - start)
+    return float(np.median(seconds))
 
 
 def _in_matrices(engine: Engine) -> float:
@@ -184,8 +201,8 @@ def _pages(size_bytes: int) -> NDArray[np.uint8]:
 # --- reads ------------------------------------------------------------------------------------------------
 
 
-def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float]:
-    """Return bytes per second of many records in flight, and the seconds of the smallest read."""
+def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float, float]:
+    """Return bytes per second of records in flight, plain and checked, and the seconds of the smallest read."""
     count = max(4, _READ_BYTES // record_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     block = np.random.default_rng(0).bytes(1 << 20)
@@ -198,25 +215,40 @@ def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float]
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         path = Path(file.name)
         order = np.random.default_rng(1).permutation(count)
+        half = max(2, count // 2)
+        digests = _digests(path, order[half:], record_bytes)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         memory = _pages(4 * record_bytes)
         with Mover(memory, direct=takes_direct(path)) as mover:
-            rate = _rate(mover, path, order, record_bytes, clock)
+            rate = _rate(mover, [_record(path, int(place), record_bytes) for place in order[:half]], clock)
+            checked = [_record(path, place, record_bytes, digest) for place, digest in digests.items()]
+            first_rate = _rate(mover, checked, clock)
             latency_s = _latency_s(mover, path, order, record_bytes, clock)
-    return rate, latency_s
+    return rate, first_rate, latency_s
 
 
-def _rate(mover: Mover, path: Path, order: NDArray[np.intp], record_bytes: int, clock: Clock) -> float:
-    """Read records in batches of four, as the experts of a layer are, and return the median batch's rate."""
+def _digests(path: Path, places: NDArray[np.intp], record_bytes: int) -> dict[int, str]:
+    found = {}
+    with path.open("rb") as file:
+        for place in places.tolist():
+            file.seek(place * record_bytes)
+            found[place] = hashlib.sha256(file.read(record_bytes)).hexdigest()
+    return found
+
+
+def _rate(mover: Mover, records: Sequence[Record], clock: Clock) -> float:
+    """Read records in batches of up to four, as the experts of a layer are, and return the median batch's rate."""
     rates = []
-    for first in range(0, len(order) - 3, 4):
+    for first in range(0, len(records), 4):
+        batch = records[first : first + 4]
         start = clock()
         reads = [
-            mover.submit(_record(path, int(place), record_bytes), slot * record_bytes, check=False)
-            for slot, place in enumerate(order[first : first + 4])
+            mover.submit(record, slot * record.size_bytes, check=bool(record.sha256))
+            for slot, record in enumerate(batch)
         ]
         for read in reads:
             read.wait()
-        rates.append(4 * record_bytes / (clock() - start))
+        rates.append(sum(record.size_bytes for record in batch) / (clock() - start))
     return float(np.median(rates))
 
 
@@ -229,5 +261,5 @@ def _latency_s(mover: Mover, path: Path, order: NDArray[np.intp], record_bytes: 
     return float(np.median(seconds))
 
 
-def _record(path: Path, place: int, record_bytes: int) -> Record:
-    return Record("record", path, place * record_bytes, record_bytes, "")
+def _record(path: Path, place: int, record_bytes: int, sha256: str = "") -> Record:
+    return Record("record", path, place * record_bytes, record_bytes, sha256)
