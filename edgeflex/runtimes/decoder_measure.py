@@ -105,7 +105,7 @@ def _do(request: dict[str, Any]) -> Reply:
     with session:
         text = session.tokenizer() if any(one.role == "tokenizer" for one in session.manifest.files) else None
         gc.disable()  # this process ends before garbage can matter
-        answered = [_generated(session, task, start.anonymous_bytes, request["device"]) for task in tasks]
+        answered = [_generated(session, task, request["device"]) for task in tasks]
         peak = memory_now().peak_resident_bytes
         damaged = _damaged(session) if request["check_store"] else []
         records = len(session.store.experts) + len(session.store.dense)
@@ -119,9 +119,7 @@ def _do(request: dict[str, Any]) -> Reply:
     )
 
 
-def _generated(
-    session: DecoderSession, task: Task, start_bytes: int, device: str
-) -> tuple[DecoderRunStats, tuple[int, ...]]:
+def _generated(session: DecoderSession, task: Task, device: str) -> tuple[DecoderRunStats, tuple[int, ...]]:
     """Return one generation's record, with the most memory that was seen after any of its tokens."""
     greedy: list[int] = []
 
@@ -133,7 +131,8 @@ def _generated(
     stats = session.stats(device=device)
     if stats.stopped_by == "interrupt":
         raise KeyboardInterrupt
-    peak_bytes = max([stats.peak_memory_bytes, *(bytes_ - start_bytes for bytes_ in held)])
+    own_bytes = stats.runtime_memory_bytes
+    peak_bytes = max([stats.peak_memory_bytes, *(bytes_ - own_bytes for bytes_ in held)])
     known = tuple(held) if all(held) else ()
     return stats.model_copy(update={"peak_memory_bytes": peak_bytes, "held_bytes": known}), tuple(greedy)
 
