@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
@@ -44,6 +45,17 @@ def _objective(text: str) -> tuple[str, str]:
     return what, _known_statistic(statistic)
 
 
+def _read(faults: list[str], option: str, text: str | None, parse: Callable[[str], Any]) -> Any:
+    """Return what ``text`` means, None where it is absent or means nothing; why goes into ``faults``."""
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except InputError as error:
+        faults.append(f"{option}: {error}")
+        return None
+
+
 def parse_budget(
     *,
     memory: str | None = None,
@@ -68,16 +80,7 @@ def parse_budget(
         InputError: Texts that mean nothing; all of them stand in one error.
     """
     faults: list[str] = []
-
-    def read(option: str, text: str | None, parse: Callable[[str], Any]) -> Any:
-        if text is None:
-            return None
-        try:
-            return parse(text)
-        except InputError as error:
-            faults.append(f"{option}: {error}")
-            return None
-
+    read = partial(_read, faults)
     memory_bytes = read("--memory", memory, parse_size_bytes)
     disk_bytes = read("--disk", disk, parse_size_bytes)
     limits = [read("--latency", text, _latency_limit) for text in latency]
@@ -155,16 +158,7 @@ def parse_decoder_budget(
         InputError: Texts that mean nothing; all of them stand in one error.
     """
     faults: list[str] = []
-
-    def read(option: str, text: str | None, parse: Callable[[str], Any]) -> Any:
-        if text is None:
-            return None
-        try:
-            return parse(text)
-        except InputError as error:
-            faults.append(f"{option}: {error}")
-            return None
-
+    read = partial(_read, faults)
     if len(latency) > 1:
         faults.append(f"--latency: {len(latency)} limits were given; a decoder has one, per token")
     limits: dict[str, Any] = {

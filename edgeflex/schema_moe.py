@@ -59,6 +59,20 @@ class Attention(Noun):
     rotary_scale: float = 1.0
     softmax_scale: float
 
+    def matrix_shapes(self, hidden_dim: int) -> dict[str, tuple[int, int]]:
+        """Return (rows, columns) of each of its matrices by name."""
+        out = (hidden_dim, self.heads * self.value_dim)
+        if self.kind == "grouped":
+            rows = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.value_dim)
+            return {"qkv": (rows, hidden_dim), "o": out}
+        plain = self.head_dim - self.rotary_dim
+        return {
+            "q": (self.heads * self.head_dim, hidden_dim),
+            "kv_a": (self.latent_dim + self.rotary_dim, hidden_dim),
+            "kv_b": (self.heads * (plain + self.value_dim), self.latent_dim),
+            "o": out,
+        }
+
 
 class Routing(Noun):
     """How tokens choose experts: softmax over all, the ``top_k`` largest, ties to the lower index.
@@ -108,9 +122,7 @@ class DecoderGraph(Document):
         shapes = {"embedding": (self.vocabulary, self.hidden_dim), "head": (self.vocabulary, self.hidden_dim)}
         for layer in self.layers:
             start = f"layers.{layer.index}."
-            shapes |= {
-                start + name: shape for name, shape in _attention_shapes(self.attention, self.hidden_dim).items()
-            }
+            shapes |= {start + name: shape for name, shape in self.attention.matrix_shapes(self.hidden_dim).items()}
             widths = {"mlp": 0 if layer.routing else layer.dense_dim, "shared": layer.shared_dim}
             experts = layer.routing.experts if layer.routing else 0
             widths |= {f"experts.{expert}": layer.expert_dim for expert in range(experts)}
@@ -131,7 +143,7 @@ class DecoderGraph(Document):
         if one.kind == "latent":
             norms["kv_norm"] = (one.latent_dim,)
         if one.bias:
-            norms["qkv_bias"] = (_attention_shapes(one, hidden)["qkv"][0],)
+            norms["qkv_bias"] = (one.matrix_shapes(hidden)["qkv"][0],)
         shapes: dict[str, tuple[int, ...]] = {"norm": (hidden,)}
         for layer in self.layers:
             here = dict(norms)
@@ -141,20 +153,6 @@ class DecoderGraph(Document):
                 here["shared_gate"] = (1, hidden)
             shapes |= {f"layers.{layer.index}.{name}": shape for name, shape in here.items()}
         return shapes
-
-
-def _attention_shapes(one: Attention, hidden: int) -> dict[str, tuple[int, int]]:
-    out = (hidden, one.heads * one.value_dim)
-    if one.kind == "grouped":
-        rows = one.heads * one.head_dim + one.kv_heads * (one.head_dim + one.value_dim)
-        return {"qkv": (rows, hidden), "o": out}
-    plain = one.head_dim - one.rotary_dim
-    return {
-        "q": (one.heads * one.head_dim, hidden),
-        "kv_a": (one.latent_dim + one.rotary_dim, hidden),
-        "kv_b": (one.heads * (plain + one.value_dim), one.latent_dim),
-        "o": out,
-    }
 
 
 # --- calibration -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ A *pick* is a unit, or the embedding together with a tied head. All costs add ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,17 +44,7 @@ Shape = tuple[int, int]
 
 
 def _attention_shapes(graph: DecoderGraph) -> tuple[Shape, ...]:
-    one, hidden = graph.attention, graph.hidden_dim
-    out = (hidden, one.heads * one.value_dim)
-    if one.kind == "grouped":
-        return ((one.heads * one.head_dim + one.kv_heads * (one.head_dim + one.value_dim), hidden), out)
-    plain = one.head_dim - one.rotary_dim
-    return (
-        (one.heads * one.head_dim, hidden),
-        (one.latent_dim + one.rotary_dim, hidden),
-        (one.heads * (plain + one.value_dim), one.latent_dim),
-        out,
-    )
+    return tuple(graph.attention.matrix_shapes(graph.hidden_dim).values())
 
 
 def _feed_forward(hidden: int, inner: int) -> tuple[Shape, ...]:
@@ -68,20 +59,7 @@ def _dense_shapes(graph: DecoderGraph, layer: DecoderLayer) -> tuple[Shape, ...]
 
 def small_bytes(graph: DecoderGraph) -> int:
     """Return the bytes of everything that stays in fp32: norms, biases, routers and gates."""
-    one, hidden = graph.attention, graph.hidden_dim
-    norms = {
-        "none": 0,
-        "projection": (one.heads + one.kv_heads) * one.head_dim,
-        "head": 2 * one.head_dim,
-    }[one.query_key_norm]
-    latent = one.latent_dim if one.kind == "latent" else 0
-    bias = _attention_shapes(graph)[0][0] if one.bias else 0
-    values = hidden
-    for layer in graph.layers:
-        values += 2 * hidden + norms + latent + bias
-        values += layer.routing.experts * hidden if layer.routing else 0
-        values += hidden if layer.shared_gate else 0
-    return 4 * values
+    return 4 * sum(math.prod(shape) for shape in graph.small_shapes().values())
 
 
 def kv_bytes(graph: DecoderGraph, tokens: int) -> int:

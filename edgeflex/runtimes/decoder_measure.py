@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import BundleError, DeviceError, EdgeflexError, InputError
+from edgeflex.runtimes import fresh
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TIMEOUT_S = 3600.0
-# Blocks from 128 KiB up come from the system one by one and return to it when freed.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 _ERRORS = {kind.exit_code: kind for kind in (InputError, BundleError, DeviceError)}
 _STATUS = Path("/proc/self/status")
 
@@ -67,24 +66,14 @@ def answer(folder: Path, settings: Settings, tasks: Iterable[Task], device: str,
         "device": device,
         "check_store": check_store,
     }
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edgeflex.runtimes.decoder_measure"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        done = fresh.ask("edgeflex.runtimes.decoder_measure", request, timeout_s=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError(f"the measuring process did not end: {error}. Try it on an idle machine.") from None
     if done.returncode != 0 or not done.stdout:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DeviceError(
-            f"the measuring process ended with code {done.returncode}: {last}. Check free memory and the bundle."
+            f"the measuring process ended with code {done.returncode}: {fresh.last_words(done)}. "
+            "Check free memory and the bundle."
         )
     reply = Reply.model_validate_json(done.stdout)
     if reply.error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeflex.errors import DeviceError
+from edgeflex.runtimes import fresh
 from edgeflex.runtimes.recorder import memory_now
 from edgeflex.schema_moe import DecoderGraph
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 300.0
 # Tokens, events and statistics while answering; 1.5 to 2.4 MiB were seen with prompts of 256 tokens.
 _ANSWERING_BYTES = 3 << 20
-# As the measuring process of decoders: large blocks return to the system when freed.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 
 
 def process_bytes(graph: DecoderGraph, tokenizer: Path | None) -> int:
@@ -41,18 +40,8 @@ def process_bytes(graph: DecoderGraph, tokenizer: Path | None) -> int:
         "graph": graph.model_dump(mode="json"),
         "tokenizer": None if tokenizer is None else str(tokenizer.resolve()),
     }
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edgeflex.runtimes.decoder_process"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        done = fresh.ask("edgeflex.runtimes.decoder_process", request, timeout_s=_TIMEOUT_S)
         return int(done.stdout) + _ANSWERING_BYTES
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         raise DeviceError(f"the memory of an idle runtime could not be measured: {error}. Check free memory.") from None

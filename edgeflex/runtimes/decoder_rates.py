@@ -8,7 +8,6 @@ shape, whose own matrices are taken off. Reads go through the runtime's own read
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import tempfile
 import time
@@ -21,6 +20,7 @@ from edgeflex.progress import Silent
 from edgeflex.runtimes.decoder_process import process_bytes
 from edgeflex.runtimes.movers import BLOCK_BYTES, Mover, Record, takes_direct
 from edgeflex.runtimes.native import Engine, pack, packed_bytes, time_matrix
+from edgeflex.runtimes.pages import private_pages
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS, DecoderRates, MatrixRate
 
@@ -181,7 +181,7 @@ def _random_weights(engine: Engine, graph: DecoderGraph) -> list[NDArray[np.uint
             engine.set_embedding(Precision.INT8_DYNAMIC, codes.data, scales.data)
             held += [codes, scales]
             continue
-        held.append(_pages(packed_bytes(Precision.INT8_DYNAMIC, rows, columns)))
+        held.append(private_pages(packed_bytes(Precision.INT8_DYNAMIC, rows, columns)))
         pack(Precision.INT8_DYNAMIC, rows, columns, codes.data, scales.data, held[-1].data)
         engine.set_matrix(name, Precision.INT8_DYNAMIC, rows, columns, held[-1])
     arena = engine.arena(engine.expert_bytes(0, Precision.INT8_DYNAMIC)[0])
@@ -190,12 +190,6 @@ def _random_weights(engine: Engine, graph: DecoderGraph) -> list[NDArray[np.uint
         for expert in range(0 if one.routing is None else one.routing.experts):
             engine.bind(one.index, expert, Precision.INT8_DYNAMIC, 0)
     return held
-
-
-def _pages(size_bytes: int) -> NDArray[np.uint8]:
-    """Return page-aligned memory of this process alone."""
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype=np.uint8)
 
 
 # --- reads ------------------------------------------------------------------------------------------------
@@ -218,7 +212,7 @@ def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float,
         half = max(2, count // 2)
         digests = _digests(path, order[half:], record_bytes)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        memory = _pages(4 * record_bytes)
+        memory = private_pages(4 * record_bytes)
         with Mover(memory, direct=takes_direct(path)) as mover:
             rate = _rate(mover, [_record(path, int(place), record_bytes) for place in order[:half]], clock)
             checked = [_record(path, place, record_bytes, digest) for place, digest in digests.items()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from edgeflex.errors import DeviceError
 from edgeflex.runtimes.movers import Mover, takes_direct
 from edgeflex.runtimes.packed import is_small, raw_parts
+from edgeflex.runtimes.pages import private_pages
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.native import Engine
     from edgeflex.runtimes.packed import PackedStore, Piece
-
-logger = logging.getLogger(__name__)
 
 
 def load_dense(engine: Engine, store: PackedStore) -> NDArray[np.uint8]:
@@ -62,15 +59,9 @@ def _hand_over(engine: Engine, piece: Piece, data: NDArray[np.uint8]) -> None:
 def _pages(size_bytes: int) -> NDArray[np.uint8]:
     """Return page-aligned zeros, in huge pages where the system gives them: fewer address look-ups a token."""
     try:
-        memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return private_pages(size_bytes)
     except (OSError, ValueError) as error:
         raise DeviceError(
             f"no memory for {format_bytes(size_bytes)} of dense weights: {error}. Plan with fewer bits or a smaller "
             "expert cache."
         ) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            logger.debug("no huge pages here: %s", error)
-    return np.frombuffer(memory, dtype=np.uint8)

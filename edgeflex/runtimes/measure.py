@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import DeviceError, EdgeflexError
+from edgeflex.runtimes import fresh
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from edgeflex.bundle import Bundle
 
 _TIMEOUT_S = 600.0
-# Blocks from 128 KiB up come from the system one by one and return to it when freed. glibc would otherwise
-# raise the limit after the first large free, and keep the pages.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 
 
 class ModelMemory(Noun):
@@ -54,24 +52,14 @@ def measure_memory(bundle: Bundle, threads: int = 1, *, inferences: int = 5) -> 
         DeviceError: The process failed or did not end.
     """
     request = {"bundle": str(bundle.path.resolve()), "threads": threads, "inferences": inferences}
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edgeflex.runtimes.measure"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        done = fresh.ask("edgeflex.runtimes.measure", request, timeout_s=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError(f"the memory measurement did not end: {error}. Try it on an idle machine.") from None
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DeviceError(
-            f"the memory measurement ended with code {done.returncode}: {last}. Check free memory and the bundle."
+            f"the memory measurement ended with code {done.returncode}: {fresh.last_words(done)}. "
+            "Check free memory and the bundle."
         )
     return ModelMemory.model_validate_json(done.stdout)
 

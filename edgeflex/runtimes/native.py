@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import mmap
 import re
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from edgeflex import native
 from edgeflex.errors import DeviceError, InputError, MissingDependencyError
 from edgeflex.native.build import sources_digest
+from edgeflex.runtimes.pages import private_pages
 from edgeflex.schema import Precision
 
 if TYPE_CHECKING:
@@ -474,18 +474,12 @@ class Engine:
             DeviceError: No memory.
         """
         try:
-            # Private, since shared memory, Python's default, gets no huge pages.
-            memory = mmap.mmap(
-                -1, max(capacity_bytes, 1) + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            whole = private_pages(max(capacity_bytes, 1) + _HUGE_PAGE_BYTES)
         except (OSError, ValueError, OverflowError) as error:
             raise DeviceError(
                 f"no memory for an expert cache of {capacity_bytes} bytes: {error}. All of it is taken at once. "
                 "Give a smaller cache."
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            _prefer_huge_pages(memory)
-        whole = np.frombuffer(memory, dtype=np.uint8)
         skip = -whole.ctypes.data % _HUGE_PAGE_BYTES
         arena = whole[skip : skip + capacity_bytes]
         self._call("efx_set_arena", arena.ctypes.data, capacity_bytes)
@@ -633,13 +627,6 @@ class Engine:
     def __del__(self) -> None:
         if hasattr(self, "_kept"):
             self.close()
-
-
-def _prefer_huge_pages(memory: mmap.mmap) -> None:
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        return  # a kernel without them: everything works, a little slower
 
 
 def _place(name: str, known: Sequence[str]) -> tuple[int, int]:
