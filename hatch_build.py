@@ -7,12 +7,16 @@ In ``pyproject.toml``::
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+# EDGEFLEX_NATIVE=0 leaves the native decoder out, for boards without a compiler that run no decoders with it.
+SKIPPED = "EDGEFLEX_NATIVE"
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -24,7 +28,7 @@ class NativeBuildHook(BuildHookInterface):
         Raises:
             SystemExit: No compiler, or it failed; with a text that says what to do.
         """
-        if self.target_name != "wheel":
+        if self.target_name != "wheel" or os.environ.get(SKIPPED) == "0":
             return
         sys.path.insert(0, self.root)
         try:

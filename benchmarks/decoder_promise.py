@@ -5,19 +5,39 @@
 Memory budgets lie at random between what the smallest cache needs and what everything needs, some with a limit on
 divergence or on time. Kept: mean seconds of a decoded token within 15 % and memory within 5 % of the plan, both
 ways. The text must not be the calibration's. One thread.
+
+A shared machine's speed drifts by more than that. "machine" is how long one matrix of the decoder takes now, over what
+it took at calibration; while it is above 1.12 before or after a measurement, another program shares the core, and the
+measurement is taken again, at most eight times. Nothing about the plan decides that.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 from edgeflex import flow
 from edgeflex.errors import InfeasibleError
-from edgeflex.schema_moe import DecoderBudget
+from edgeflex.runtimes.native import time_matrix
+from edgeflex.schema_moe import DecoderBudget, DecoderRates
+
+_CALM, _ATTEMPTS = 1.12, 8
+
+
+def yardstick(calibration: Path):
+    """Return a function that times the largest measured matrix over what it took at calibration."""
+    rates = DecoderRates.parse((calibration / "rates.json").read_bytes(), "rates")
+    one = max((x for x in rates.matrices if x.rows_in == 1 and x.threads == 1), key=lambda x: x.seconds)
+
+    def slower() -> float:
+        now = [time_matrix(one.precision, one.rows, one.columns, rows_in=1, threads=1) for _ in range(3)]
+        return float(np.median(now)) / one.seconds
+
+    return slower
 
 
 def main() -> None:
@@ -34,9 +54,10 @@ def main() -> None:
     sizes = {"context_tokens": arguments.context, "prompt_tokens": arguments.prompt}
     free = flow.plan_decoder(arguments.calibration, DecoderBudget(minimize="kl", **sizes)).predicted.memory
     least = free.total_bytes - free.cache_bytes
+    slower = yardstick(arguments.calibration)
     kept = {"time per token": 0, "memory": 0}
     done = 0
-    print("    budget  verdict   promised   measured  ratio  memory   hits   seen")
+    print("    budget  verdict   promised   measured  ratio  memory   hits   seen machine")
     while done < arguments.budgets:
         budget = DecoderBudget(
             memory_bytes=int(least + rng.uniform(0.12, 1.05) * free.cache_bytes),
@@ -51,16 +72,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
             flow.export_decoder(plan, arguments.model, arguments.calibration, bundle, stock=False)
-            result = flow.bench_decoder(bundle, arguments.text, prompts=3, max_tokens=96, repeats=3)
+            for attempt in range(_ATTEMPTS):
+                before = slower()
+                result = flow.bench_decoder(bundle, arguments.text, prompts=3, max_tokens=96, repeats=3)
+                speed = max(before, slower())
+                if speed <= _CALM:
+                    break
+                time.sleep(2 + attempt)
         checks = {one.name: one for one in result.checks}
-        time, memory, hits = checks["time per token"], checks["memory"], checks["hit rate"]
-        ratio, share = time.measured / time.promised, memory.measured / memory.promised
+        token, memory, hits = checks["time per token"], checks["memory"], checks["hit rate"]
+        ratio, share = token.measured / token.promised, memory.measured / memory.promised
         kept["time per token"] += abs(ratio - 1) <= 0.15
         kept["memory"] += abs(share - 1) <= 0.05
         done += 1
         print(
-            f"{budget.memory_bytes / 2**20:>6.1f} MiB {plan.verdict:>8} {time.promised * 1e3:>7.3f} ms "
-            f"{time.measured * 1e3:>7.3f} ms {ratio:>6.3f} {share:>7.3f} {hits.promised:>6.1%} {hits.measured:>6.1%}",
+            f"{budget.memory_bytes / 2**20:>6.1f} MiB {plan.verdict:>8} {token.promised * 1e3:>7.3f} ms "
+            f"{token.measured * 1e3:>7.3f} ms {ratio:>6.3f} {share:>7.3f} {hits.promised:>6.1%} {hits.measured:>6.1%} "
+            f"{speed:>7.2f}",
             flush=True,
         )
     for name, count in kept.items():

@@ -134,6 +134,7 @@ def parse_decoder_budget(
     latency: Sequence[str] = (),
     first_token: str | None = None,
     max_kl: str | None = None,
+    max_perplexity: str | None = None,
     disk: str | None = None,
     minimize: str | None = None,
     prompt_tokens: int | None = None,
@@ -147,6 +148,7 @@ def parse_decoder_budget(
         latency: At most one time per decoded token, ``60ms/token`` or ``60ms``.
         first_token: Most time to the first token of a prompt of ``prompt_tokens``.
         max_kl: Most divergence from fp32, nats per token.
+        max_perplexity: Most rise of perplexity over fp32's, for instance ``2%``.
         disk: Most bytes of the bundle.
         minimize: ``latency``, ``kl`` or ``memory``; when absent, the first of latency, kl and memory without a
             budget.
@@ -167,6 +169,7 @@ def parse_decoder_budget(
         "first_token_s": read("--first-token", first_token, parse_time_s),
         "disk_bytes": read("--disk", disk, parse_size_bytes),
         "max_kl": read("--max-kl", max_kl, _nats),
+        "max_perplexity_rise": read("--max-perplexity", max_perplexity, parse_share),
     }
     goal = read("--minimize", minimize, _decoder_objective)
     if context_tokens is None:
@@ -180,7 +183,8 @@ def parse_decoder_budget(
     if faults:
         raise InputError.collect("the budget", faults)
     if goal is None:
-        free = (("latency", "token_s"), ("kl", "max_kl"), ("memory", "memory_bytes"))
+        accuracy = "max_kl" if limits["max_perplexity_rise"] is None else "max_perplexity_rise"
+        free = (("latency", "token_s"), ("kl", accuracy), ("memory", "memory_bytes"))
         goal = next((name for name, field in free if limits[field] is None), "latency")
     return DecoderBudget.model_validate(
         {**limits, "minimize": goal, "prompt_tokens": prompt_tokens, "context_tokens": context_tokens}

@@ -1,9 +1,9 @@
 """The parcel that an exporter seals and a runtime opens: a folder with a manifest that names every file.
 
 Nothing of a bundle is used before its size and its SHA-256 are those of the manifest. This module knows
-files, not tensors. Layout: ``manifest.json``, ``program.pte`` (one method per segment),
-``expected.safetensors`` (reference outputs for two inputs) and ``seen.txt`` (digests of the images that
-fitted, chose or certified anything).
+files, not tensors. Layout: ``manifest.json``, the program (``program.pte`` with a method per segment; or
+``segment0.onnx`` with its weights in ``segment0.data``, and so on), ``expected.safetensors`` (reference outputs for
+two inputs) and ``seen.txt`` (digests of the images that fitted, chose or certified anything).
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "manifest.json"
 PROGRAM = "program"
+# Roles of a program in several files start so: program:segment0, program:segment0.data
+PROGRAM_PART = "program:"
 EXPECTED = "expected"
 SEEN = "seen"
 
 _REMEDY = "Export it again with `edgeflex export`, or copy it again."
+
+
+def program_bytes(manifest: BundleManifest) -> int:
+    """Return the bytes of the program's files together, as the manifest gives them."""
+    return sum(
+        entry.size_bytes for entry in manifest.files if entry.role == PROGRAM or entry.role.startswith(PROGRAM_PART)
+    )
 
 
 @dataclass(frozen=True)

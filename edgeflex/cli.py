@@ -64,6 +64,9 @@ Weights = Annotated[
 ModelName = Annotated[str, typer.Option("--model", "-m", help="zoo:NAME or package.module:factory.")]
 InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a side, for models not from the zoo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Runtime = Annotated[
+    str | None, typer.Option("--runtime", help="What runs it, if not its target's own, e.g. onnxruntime.")
+]
 
 
 def _progress(*, quiet: bool) -> Progress:
@@ -263,6 +266,9 @@ def calibrate(
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text, for a decoder.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="Of the text, for a decoder.")] = 4096,
     device: Annotated[str | None, typer.Option("--device", "-d", help="Profile: name or device.json.")] = None,
+    target: Annotated[
+        str, typer.Option("--target", help="What images' models are exported for: executorch, onnx or tensorrt.")
+    ] = "executorch",
     threads: Threads = 1,
     mixes: Annotated[int, typer.Option("--mixes", min=0, help="Mixes of precisions to run for real.")] = 8,
     seed: Seed = 0,
@@ -275,8 +281,8 @@ def calibrate(
     from edgeflex import flow
 
     if flow.is_decoder(model):
-        if text is None or data is not None or device is not None:
-            raise InputError(f"{str(model)!r} is a decoder: give --text FILE, and neither --data nor --device.")
+        if text is None or data is not None or device is not None or target != "executorch":
+            raise InputError(f"{str(model)!r} is a decoder: give --text FILE, and no --data, --device or --target.")
         measured = flow.calibrate_decoder(
             str(model), text, output, tokens=tokens, threads=_up_to(threads), seed=seed, overwrite=overwrite,
             progress=_progress(quiet=quiet),
@@ -298,6 +304,7 @@ def calibrate(
         threads=threads,
         seed=seed,
         mixes=mixes,
+        target=target,
         overwrite=overwrite,
         progress=_progress(quiet=quiet),
     )
@@ -342,6 +349,9 @@ def plan(
     max_kl: Annotated[
         str | None, typer.Option("--max-kl", help="Decoder: most divergence from fp32, nats per token, e.g. 0.05.")
     ] = None,
+    max_perplexity: Annotated[
+        str | None, typer.Option("--max-perplexity", help="Decoder: most rise of perplexity over fp32, e.g. 2%.")
+    ] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", min=1, help="Decoder: prompt of --first-token; 256, or what fits.")
     ] = None,
@@ -369,14 +379,17 @@ def plan(
         _plan_decoder(
             calibration,
             {
-                "memory": memory, "latency": latency or (), "first_token": first_token, "max_kl": max_kl, "disk": disk,
-                "minimize": minimize, "prompt_tokens": prompt_tokens, "context_tokens": context,
+                "memory": memory, "latency": latency or (), "first_token": first_token, "max_kl": max_kl,
+                "max_perplexity": max_perplexity, "disk": disk, "minimize": minimize,
+                "prompt_tokens": prompt_tokens, "context_tokens": context,
             },
             dry_run, [name for name, value in idle.items() if value is not None], output, as_json=as_json,
         )  # fmt: skip
         return
-    if first_token is not None or max_kl is not None:
-        raise InputError("--first-token and --max-kl are for decoders; give the calibration of one, or leave them out.")
+    if first_token is not None or max_kl is not None or max_perplexity is not None:
+        raise InputError(
+            "--first-token, --max-kl and --max-perplexity are for decoders; give the calibration of one, or leave out."
+        )
     budget = parse_budget(
         memory=memory, latency=latency or (), max_drop=max_drop, confidence=confidence, minimize=minimize, disk=disk
     )
@@ -465,6 +478,9 @@ def export(
     model: Annotated[Path, typer.Option("--model", "-m", help="What was calibrated: a folder.")],
     calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
     device: Annotated[str | None, typer.Option("--device", "-d", help="The profile planned for, if another.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="executorch, onnx or tensorrt; the plan's own if absent.")
+    ] = None,
     stock: Annotated[
         bool, typer.Option("--stock/--no-stock", help="Decoder: also write what a stock ExecuTorch loads.")
     ] = True,
@@ -488,8 +504,9 @@ def export(
             )
         decided = DecoderPlan.parse(read_bytes(plan_file, "plan"), str(plan_file))
         manifest = flow.export_decoder(
-            decided, str(model), calibration, output, stock=stock, overwrite=overwrite, progress=_progress(quiet=quiet)
-        )
+            decided, str(model), calibration, output, target=target or "executorch", stock=stock, overwrite=overwrite,
+            progress=_progress(quiet=quiet),
+        )  # fmt: skip
         _result(manifest, _decoder_text("decoder_bundle_text"), as_json=as_json)
         if not as_json:
             _say(f'\nWrote {output}. Next: edgeflex run {output} --prompt "Once upon a time"')
@@ -502,6 +519,7 @@ def export(
         calibration,
         output,
         device=None if device is None else _device(device),
+        target=target,
         overwrite=overwrite,
         progress=_progress(quiet=quiet),
     )
@@ -511,7 +529,48 @@ def export(
     rows = [(one.path, one.role, format_bytes(one.size_bytes), one.sha256[:16]) for one in bundle.manifest.files]
     title = f"{len(bundle.manifest.layer_precisions)} layers held as planned"
     _say(terminal.table_text(title, ("file", "role", "size", "sha256"), rows))
-    _say(f"\nWrote {output}. Next: edgeflex bench {output} --data IMAGES")
+    following = f"on the device: edgeflex build {output}" if bundle.manifest.backend == "tensorrt" else ""
+    _say(f"\nWrote {output}. Next: {following or f'edgeflex bench {output} --data IMAGES'}")
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that was exported for tensorrt.")],
+    *,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="Most scratch memory while building, e.g. 1GiB.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build TensorRT engines on this device; what was built stays, so a killed run goes on where it stopped."""
+    from edgeflex import flow
+    from edgeflex.units import format_bytes, parse_size_bytes
+
+    index = flow.build(
+        bundle,
+        workspace_bytes=None if workspace is None else parse_size_bytes(workspace),
+        force=force,
+        progress=_progress(quiet=quiet),
+    )
+    if as_json:
+        _print_json(index)
+        return
+    rows = [(one.file, format_bytes(one.size_bytes), f"{one.build_s:.1f} s") for one in index.engines]
+    _say(terminal.table_text(f"TensorRT {index.key.tensorrt}, {index.key.gpu}", ("engine", "size", "built in"), rows))
+    _say(f"\nNext: edgeflex bench {bundle} --data IMAGES")
+
+
+@app.command()
+def doctor(*, as_json: Json = False) -> None:
+    """Say what is installed, what is missing with the command that mends it, and which targets run here."""
+    from edgeflex import flow
+
+    found = flow.doctor()
+    _result(found, terminal.doctor_text, as_json=as_json)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 @app.command()
@@ -531,7 +590,7 @@ def run(
     policy: Annotated[str | None, typer.Option("--policy", help="Decoder: of the cache, if not the plan's.")] = None,
     prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
     seed: Seed = 0,
-    runtime: Annotated[str, typer.Option("--runtime", help="What runs it.")] = "executorch",
+    runtime: Runtime = None,
     threads: PlanThreads = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Raw samples.")] = Path("stats.json"),
@@ -654,6 +713,7 @@ def verify(
     data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
+    runtime: Runtime = None,
     threads: PlanThreads = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("verify.json"),
     as_json: Json = False,
@@ -664,9 +724,9 @@ def verify(
     from edgeflex.files import write_atomic
 
     if flow.is_decoder_bundle(bundle):
-        if data is not None or model is not None or limit is not None:
+        if data is not None or model is not None or limit is not None or runtime is not None:
             raise InputError(
-                "--data, --model and --limit are for bundles of exits; a decoder's carries its own answers."
+                "--data, --model, --limit and --runtime are for bundles of exits; a decoder's carries its own answers."
             )
         checks = flow.verify_decoder(bundle, threads=threads, progress=_progress(quiet=quiet))
         document = {"kind": "decoder", "checks": [one.model_dump(mode="json") for one in checks]}
@@ -681,8 +741,9 @@ def verify(
     if data is None:
         raise _for_exits(bundle, "give --data IMAGES")
     result = flow.verify(
-        bundle, data, model_folder=model, limit=limit, threads=threads, progress=_progress(quiet=quiet)
-    )
+        bundle, data, model_folder=model, limit=limit, runtime=runtime, threads=threads,
+        progress=_progress(quiet=quiet),
+    )  # fmt: skip
     write_atomic(output, result.canonical_json())
     if as_json:
         _print_json(result)

@@ -88,16 +88,21 @@ class Precision(str, Enum):
     INT8_DYNAMIC = "int8-dynamic"
     INT4_CHANNEL = "int4-channel"
     INT4_GROUP32 = "int4-group32"
+    # weights alone in 4 bits, activations and arithmetic in floats
+    INT4_BLOCK64 = "int4-block64"
+    INT4_BLOCK128 = "int4-block128"
+    # E4M3 weights and activations
+    FP8 = "fp8"
 
     @property
     def bits(self) -> int:
         """Bits of one stored weight, scales aside."""
-        return {"fp32": 32, "fp16": 16}.get(self.value, 8 if "int8" in self.value else 4)
+        return {"fp32": 32, "fp16": 16, "fp8": 8}.get(self.value, 8 if "int8" in self.value else 4)
 
     @property
     def group_size(self) -> int | None:
-        """Weights that share a scale along the input, or None for one scale a channel."""
-        return 32 if self is Precision.INT4_GROUP32 else None
+        """Weights that share a scale along the input, or None for one scale a channel or tensor."""
+        return {"int4-group32": 32, "int4-block64": 64, "int4-block128": 128}.get(self.value)
 
     @property
     def activation_format(self) -> Format:
@@ -591,6 +596,8 @@ class BundleManifest(Document):
     """What is in the parcel, and what was promised about it.
 
     ``layer_losses`` is the accuracy that each layer's precision costs by the table's additive estimate.
+    ``settings`` names how the runtime executes the program where it has a choice, and ``settings_difference`` is
+    how far that moved any probability of the samples from the plain execution.
     """
 
     backend: str
@@ -603,6 +610,8 @@ class BundleManifest(Document):
     layer_precisions: Mapping[str, Precision]
     layer_losses: Mapping[str, float] = {}
     curve: Curve | None = None
+    settings: str = ""
+    settings_difference: float | None = None
 
 
 # --- run ---------------------------------------------------------------------------------------------

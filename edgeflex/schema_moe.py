@@ -16,6 +16,7 @@ Small tensors stay in fp32 and are named like matrices: ``layers.I.input_norm``,
 ``[experts, hidden]``, ``layers.I.shared_gate`` ``[1, hidden]``, ``norm``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -259,16 +260,29 @@ class Simulation(Document):
 
 
 class DecoderBudget(Noun):
-    """What the user allows. ``max_kl`` in nats per token against fp32."""
+    """What the user allows. ``max_kl`` in nats per token against fp32, ``max_perplexity_rise`` a fraction of fp32's.
+
+    On text that the decoder predicts as well as its own samples, the expected rise of the logarithm of perplexity is
+    the divergence; plans use that, and export measures both.
+    """
 
     memory_bytes: int | None = None
     token_s: float | None = None
     first_token_s: float | None = None
     disk_bytes: int | None = None
     max_kl: float | None = None
+    max_perplexity_rise: float | None = None
     minimize: Literal["latency", "kl", "memory"] = "latency"
     prompt_tokens: int = 256
     context_tokens: int = 1024
+
+    @property
+    def kl_limit(self) -> float | None:
+        """The most divergence that both limits of accuracy allow a plan, nats per token."""
+        given = [self.max_kl] if self.max_kl is not None else []
+        if self.max_perplexity_rise is not None:
+            given.append(math.log1p(self.max_perplexity_rise))
+        return min(given, default=None)
 
 
 class DecoderMemory(Noun):

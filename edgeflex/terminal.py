@@ -21,6 +21,7 @@ from edgeflex.units import format_bytes, format_share, format_time
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from edgeflex.profiles.doctor import Doctor
     from edgeflex.progress import Advance
     from edgeflex.schema import Candidates, Check, Choice, Curve, DeviceProfile, ModelGraph, Plan, Proof, Solution
 
@@ -125,6 +126,16 @@ def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
         if figure:
             add(name, figure, format_time(figure.value))
     return rows
+
+
+def doctor_text(found: Doctor) -> str:
+    """Return what is installed, what is missing and what mends it."""
+    rows = [(one.name, one.state, one.version, one.detail) for one in found.findings]
+    lines = [table_text("", ("what", "state", "version", "detail"), rows)]
+    mends = [one for one in found.findings if one.remedy and one.state != "ok"]
+    if mends:
+        lines += ["", "To mend:", *(f"  {one.name} (for {one.needed_by}): {one.remedy}" for one in mends)]
+    return "\n".join(lines)
 
 
 def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:

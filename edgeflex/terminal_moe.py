@@ -235,7 +235,7 @@ def _budget_rows(plan: DecoderPlan) -> Iterator[tuple[str, str, str, str]]:
         ("time per token", budget.token_s, said.token_s.value, format_time),
         ("time to first token", budget.first_token_s, said.first_token_s.value, format_time),
         ("disk", budget.disk_bytes, said.disk_bytes, format_bytes),
-        (kl, budget.max_kl, said.kl, lambda nats: f"{nats:.4f}"),
+        (kl, budget.kl_limit, said.kl, lambda nats: f"{nats:.4f}"),
     ):
         margin = ABSENT
         if limit:

@@ -49,9 +49,9 @@ def _lane(item: pytest.Item) -> int:
 
 
 def _has_cuda() -> bool:
-    import torch
+    from edgeflex.runtimes.cuda_driver import driver_problem
 
-    return torch.cuda.is_available()
+    return driver_problem() is None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

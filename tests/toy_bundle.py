@@ -1,17 +1,20 @@
-"""A real bundle of three small convolutional segments, lowered to ExecuTorch once per test process."""
+"""A real bundle of three small convolutional segments, exported to ExecuTorch or ONNX once per test process."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import tempfile
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgeflex.bundle import EXPECTED, PROGRAM, SEEN, Bundle, seal, seen_text, write_manifest
+from edgeflex.bundle import EXPECTED, PROGRAM, PROGRAM_PART, SEEN, Bundle, seal, seen_text, write_manifest
 from edgeflex.runtimes.reference import ReferenceSession
 from edgeflex.runtimes.segments import all_exits
 from edgeflex.schema import (
@@ -38,7 +41,6 @@ from edgeflex.schema import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 CLASSES = ("blue", "green", "red")
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 3, 16, 16), (1, 8, 8, 8), (1, 16, 4, 4))
@@ -90,6 +92,47 @@ def toy_program() -> bytes:
     return lower({f"segment{k}": (module, examples[k]) for k, module in enumerate(toy_segments())})
 
 
+@cache
+def toy_graphs() -> dict[str, bytes]:
+    """Return the ONNX files of the toy segments by name, weights in a ``.data`` beside each graph."""
+    import onnx_ir
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for k, module in enumerate(toy_segments()):
+            names = ["probabilities"] if k == 2 else ["activations", "probabilities"]
+            program: Any = torch.onnx.export(
+                module,
+                (torch.zeros(SHAPES[k]),),
+                dynamo=True,
+                opset_version=20,
+                input_names=["x"],
+                output_names=names,
+                verbose=False,
+            )
+            onnx_ir.save(program.model, f"{place}/segment{k}.onnx", external_data=f"segment{k}.data")
+        return {file.name: file.read_bytes() for file in sorted(Path(place).iterdir())}
+
+
+def toy_files(backend: str) -> dict[str, bytes]:
+    """Return the files of the toy's program by name."""
+    return {"program.pte": toy_program()} if backend == "executorch" else toy_graphs()
+
+
+def toy_programs() -> tuple[SegmentProgram, ...]:
+    """Return what each segment takes and returns."""
+    return tuple(
+        SegmentProgram(
+            method=f"segment{k}",
+            input_shape=SHAPES[k],
+            output_shape=None if k == 2 else SHAPES[k + 1],
+            exit=f"exit{k}",
+        )
+        for k in range(3)
+    )
+
+
 def toy_inputs(count: int, seed: int = 0) -> np.ndarray:
     """Return float32 [count, 3, 16, 16]."""
     return np.random.default_rng(seed).normal(size=(count, *SHAPES[0][1:])).astype(np.float32)
@@ -103,7 +146,7 @@ def reference_probabilities(inputs: np.ndarray) -> np.ndarray:
 
 def toy_plan(**fields: Any) -> Plan:
     """Return a plan for the toy; promises are loose unless given."""
-    disk_bytes = len(toy_program())
+    disk_bytes = sum(map(len, toy_files(fields.get("backend", "executorch")).values()))
     latency: Any = {"mean": 1e-3, "worst": 1e-3}
     base: dict[str, Any] = {
         "name": "toy",
@@ -194,34 +237,33 @@ def write_toy_bundle(
     tolerance: float = 1e-4,
     expected_error: float = 0.0,
     program: bytes | None = None,
+    backend: str = "executorch",
+    settings: str = "",
 ) -> Bundle:
     """Write a bundle and return it; ``expected_error`` is added to one expected probability."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "program.pte").write_bytes(toy_program() if program is None else program)
+    files = toy_files(backend) if program is None else {"program.pte": program}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     inputs = toy_inputs(2, seed=1)
     probabilities = reference_probabilities(inputs)
     probabilities[1, 1, 2] += expected_error
     save_file({"inputs": inputs, "probabilities": probabilities}, folder / "expected.safetensors")
     (folder / "seen.txt").write_text(seen_text(seen))
-    paths = {PROGRAM: "program.pte", EXPECTED: "expected.safetensors", SEEN: "seen.txt"}
+    roles = {PROGRAM_PART + name.removesuffix(".onnx"): name for name in files}
+    if backend == "executorch":
+        roles = {PROGRAM: "program.pte"}
     manifest = BundleManifest(
-        backend="executorch",
+        backend=backend,
         versions={"edgeflex": "0"},
         graph=toy_graph(),
-        plan=plan or toy_plan(),
-        segments=tuple(
-            SegmentProgram(
-                method=f"segment{k}",
-                input_shape=SHAPES[k],
-                output_shape=None if k == 2 else SHAPES[k + 1],
-                exit=f"exit{k}",
-            )
-            for k in range(3)
-        ),
-        files=seal(folder, paths),
+        plan=plan or toy_plan(backend=backend),
+        segments=toy_programs(),
+        files=seal(folder, {**roles, EXPECTED: "expected.safetensors", SEEN: "seen.txt"}),
         tolerance=tolerance,
+        settings=settings,
         layer_precisions={layer.name: Precision.FP32 for layer in _layers()},
     )
     return write_manifest(folder, manifest)

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeflex.costs.latency import LatencyModel, Observation, fit_latency, layer_time, predicted_segments_s
+from edgeflex.costs.latency import (
+    LatencyModel,
+    Observation,
+    conversion_s,
+    engine_of,
+    fit_latency,
+    layer_time,
+    predicted_segments_s,
+    segment_call_s,
+)
 from edgeflex.costs.policies import anchored, exit_outputs, judge, policy_pool
 from edgeflex.costs.store import CANDIDATE_ROLE, Mix, mix_digest
 from edgeflex.costs.table import (
@@ -96,10 +105,12 @@ def _latency_model(
     mixes: Sequence[Mix],
     threads: int,
     *,
+    backend: str,
     here: bool,
 ) -> LatencyModel:
+    engine = engine_of(backend)
     times = {
-        (layer.name, precision): layer_time(device, layer.shape, precision, threads)
+        (layer.name, precision): layer_time(device, layer.shape, precision, threads, engine=engine)
         for layer in graph.layers
         for precision in options[layer.name]
     }
@@ -108,9 +119,16 @@ def _latency_model(
         graph,
         {key: time.seconds for key, time in times.items()},
         observations,
-        call_s=device.call_s.value if device.call_s else 0.0,
+        call_s=segment_call_s(device, engine),
         layer_error=max(time.relative_error for time in times.values()),
+        conversion_s_per_element=conversion_s(device, engine),
+        cuts_in_int8=backend == "executorch",
     )
+
+
+def _runs(precisions: Mapping[str, Precision], options: Mapping[str, Sequence[Precision]]) -> bool:
+    """Say whether a device has every precision of a mix; another device than the calibration's may have fewer."""
+    return all(one in options[layer] for layer, one in precisions.items())
 
 
 def _observations(mixes: Sequence[Mix]) -> list[Observation]:
@@ -182,9 +200,13 @@ def assemble(
             depend on how often calibration was resumed.
     """
     options = layer_options(graph, capabilities)
-    mixes = tuple(mix for mix in calibration.mixes() if not (seeds_only and mix.record.role == CANDIDATE_ROLE))
+    mixes = tuple(
+        mix
+        for mix in calibration.mixes()
+        if not (seeds_only and mix.record.role == CANDIDATE_ROLE) and _runs(mix.record.precisions, options)
+    )
     labels = calibration.labels("choose")
-    latency = _latency_model(graph, device, options, mixes, threads, here=here)
+    latency = _latency_model(graph, device, options, mixes, threads, backend=capabilities.backend, here=here)
     outputs = {mix.digest: exit_outputs(mix.choose, labels) for mix in mixes}
     measured = {mix.digest: one.segment_s if here else () for mix, one in zip(mixes, _observations(mixes), strict=True)}
     block_s = {

@@ -11,12 +11,13 @@ import torch
 from edgeflex.costs.store import CANDIDATE_ROLE, Calibration, MixRecord, mix_digest, save_array
 from edgeflex.errors import InputError
 from edgeflex.schema import Precision
-from edgeflex.transforms import PreparedModel, prepare, prepare_segment, record_ranges
+from edgeflex.transforms import PreparedModel, record_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch.fx import GraphModule
 
     from edgeflex.images import ImageFolder
     from edgeflex.models import DynamicModel
@@ -38,6 +39,7 @@ class Evaluation:
         yardstick_s: Seconds of one fixed piece of work, timed in between.
         program_bytes: Size of the program.
         memory_bytes: What it added to the process.
+        settings: How the runtime executed it, where it has a choice.
     """
 
     outputs: NDArray[np.float32]
@@ -45,6 +47,30 @@ class Evaluation:
     yardstick_s: float
     program_bytes: int
     memory_bytes: int | None
+    settings: str = ""
+
+
+class PrepareSegment(Protocol):
+    """Gives one segment the numbers of a backend; see ``edgeflex.exporters.Exporter.prepare_segment``."""
+
+    def __call__(
+        self,
+        segment: GraphModule,
+        index: int,
+        precisions: Mapping[str, Precision],
+        ranges: Mapping[str, tuple[float, float]],
+        /,
+    ) -> torch.nn.Module:
+        """Return a copy of the segment in the given precisions, still ending in logits."""
+
+
+class Prepare(Protocol):
+    """Gives a model the numbers of a backend; see ``edgeflex.exporters.Exporter.prepare``."""
+
+    def __call__(
+        self, model: DynamicModel, precisions: Mapping[str, Precision], ranges: Mapping[str, tuple[float, float]], /
+    ) -> PreparedModel:
+        """Return the segments as modules with the numbers that would be exported."""
 
 
 class Evaluate(Protocol):
@@ -120,6 +146,7 @@ def measure_sensitivity(
     model: DynamicModel,
     images: ImageFolder,
     options: Mapping[str, Sequence[Precision]],
+    prepare_segment: PrepareSegment,
     progress: Progress,
 ) -> None:
     """Measure the outputs at every exit with one layer quantised, for each layer and option not yet there."""
@@ -153,6 +180,7 @@ def measure_mix(
     calibration: Calibration,
     model: DynamicModel,
     precisions: Mapping[str, Precision],
+    prepare: Prepare,
     evaluate: Evaluate,
     role: str = CANDIDATE_ROLE,
 ) -> MixRecord:
@@ -168,6 +196,7 @@ def measure_mix(
             yardstick_s=found.yardstick_s,
             program_bytes=found.program_bytes,
             memory_bytes=found.memory_bytes,
+            settings=found.settings,
             role=role,
         )
         calibration.write_mix(record, found.outputs[: len(choose)], found.outputs[len(choose) :])

@@ -63,7 +63,8 @@ class CalibrationMeta(Noun):
 class MixRecord(Noun):
     """One measured mix: its precisions, and what its program costs on the device that measured it.
 
-    ``yardstick_s`` is the time that one fixed piece of work took in between.
+    ``yardstick_s`` is the time that one fixed piece of work took in between, ``settings`` how the runtime executed
+    the program where it has a choice.
     """
 
     precisions: dict[str, Precision]
@@ -71,6 +72,7 @@ class MixRecord(Noun):
     yardstick_s: float | None = None
     program_bytes: int
     memory_bytes: int | None = None
+    settings: str = ""
     role: str = CANDIDATE_ROLE
 
 

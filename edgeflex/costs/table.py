@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FLOAT_BYTES = 4
 _DISK_ALIGNMENT_BYTES = 16
-# What one layer adds to the program text of a .pte (nodes, grids, names of its constants), rounded up.
+# What one layer adds to the program's text (nodes, grids, names of its constants), rounded up.
 _PROGRAM_BYTES = {
     Precision.FP32: 640,
     Precision.FP16: 640,
@@ -39,8 +39,12 @@ _PROGRAM_BYTES = {
     Precision.INT8_DYNAMIC: 832,
     Precision.INT4_CHANNEL: 832,
     Precision.INT4_GROUP32: 832,
+    Precision.INT4_BLOCK64: 1024,
+    Precision.INT4_BLOCK128: 1024,
+    Precision.FP8: 1536,
 }
 _SMALLEST_PROBABILITY = 1e-6
+_BLOCKS = {Precision.INT4_BLOCK64, Precision.INT4_BLOCK128}
 
 
 def layer_options(graph: ModelGraph, capabilities: Capabilities) -> dict[str, tuple[Precision, ...]]:
@@ -48,8 +52,12 @@ def layer_options(graph: ModelGraph, capabilities: Capabilities) -> dict[str, tu
     found = {}
     for layer in graph.layers:
         allowed = capabilities.precisions.get(layer.shape.kind, (Precision.FP32,))
-        divides = layer.shape.in_channels % capabilities.group_multiple == 0
-        found[layer.name] = tuple(one for one in allowed if one.bits != 4 or divides)
+        multiples = {one: one.group_size or capabilities.group_multiple for one in allowed if one.bits == 4}
+        # blocks are stored with the outputs innermost, two codes a byte
+        odd = {one for one in multiples if one in _BLOCKS and layer.shape.out_channels % 2}
+        found[layer.name] = tuple(
+            one for one in allowed if layer.shape.in_channels % multiples.get(one, 1) == 0 and one not in odd
+        )
     return found
 
 
@@ -262,7 +270,7 @@ def build_table(parts: TableParts) -> CostTable:
                 block=edge.segment,
                 latency_s=edge.elements * parts.latency.conversion_s,
             )
-            for edge in crossings(graph)
+            for edge in crossings(graph, cuts_in_int8=parts.latency.cuts_in_int8)
             if edge.source or edge.target
         ),
         fixed_latency_s=parts.latency.fixed_s,

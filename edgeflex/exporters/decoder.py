@@ -77,7 +77,7 @@ def export_decoder(
     with staged_folder(out, overwrite=overwrite) as folder:
         programs = _write_programs(source, plan, precisions, folder, told) if stock else _Programs()
         entries, records = WeightFiles(folder, source, precisions, programs.asked).write(told)
-        _compare_with_plan(records, precisions)
+        compare_with_plan(records, precisions)
         weights = BundleWeights(folder, records, source)
         if stock:
             _check_programs(source, weights, programs.stock, plan, told)
@@ -85,11 +85,11 @@ def export_decoder(
         if expected is not None:
             found["expected"] = expected(weights)
         manifest = DecoderManifest(
-            versions=_versions(),
+            versions=package_versions(_PACKAGES),
             graph=source.graph,
             plan=plan,
             matrices=records,
-            files=(*entries, *programs.entries, *_copied(source, folder, told)),
+            files=(*entries, *programs.entries, *copied_files(source, folder, told)),
             programs=tuple(programs.stock),
             **found,
         )
@@ -188,7 +188,7 @@ def _check_programs(
         advance(1)
 
 
-def _compare_with_plan(records: Iterable[MatrixRecord], precisions: Mapping[str, Precision]) -> None:
+def compare_with_plan(records: Iterable[MatrixRecord], precisions: Mapping[str, Precision]) -> None:
     """Refuse a bundle that holds a matrix in another precision than the plan's.
 
     Raises:
@@ -205,7 +205,7 @@ def _compare_with_plan(records: Iterable[MatrixRecord], precisions: Mapping[str,
         raise UnsupportedError(f"the written bundle does not hold the plan:{listed}\nExport again.")
 
 
-def _copied(source: DecoderSource, folder: Path, told: Progress) -> Iterator[FileEntry]:
+def copied_files(source: DecoderSource, folder: Path, told: Progress) -> Iterator[FileEntry]:
     """Copy the tokenizer and the configuration; without a tokenizer a bundle takes token numbers only."""
     try:
         tokenizer = source.tokenizer_file
@@ -220,8 +220,9 @@ def _copied(source: DecoderSource, folder: Path, told: Progress) -> Iterator[Fil
             yield seal_file(folder, name, role or name)
 
 
-def _versions() -> dict[str, str]:
-    return {package: known for package in _PACKAGES if (known := _version(package))}
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of ``packages`` that are installed."""
+    return {package: known for package in packages if (known := _version(package))}
 
 
 def _version(package: str) -> str:

@@ -19,14 +19,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from edgeflex.bundle import PROGRAM
 from edgeflex.errors import UnsupportedError
+from edgeflex.exporters import Written
+from edgeflex.files import write_atomic
 from edgeflex.schema import LayerKind, LayerShape, ModelGraph, Precision, SegmentProgram
-from edgeflex.transforms import PreparedModel, quantized_layer
+from edgeflex.transforms import PreparedModel, prepare, prepare_segment, quantized_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch.fx import GraphModule
+
+    from edgeflex.models import DynamicModel
+
 BACKEND = "executorch"
+PROGRAM_FILE = "program.pte"
 _KINDS = {
     "XNNConv2d": LayerKind.CONV2D,
     "XNNDepthwiseConv2d": LayerKind.CONV2D,
@@ -102,22 +110,6 @@ def segment_programs(prepared: PreparedModel, graph: ModelGraph) -> tuple[Segmen
         )
         for index, shape in enumerate(shapes)
     )
-
-
-def padded(program: bytes, size_bytes: int) -> bytes:
-    """Return the program, zeros behind it, exactly as large as the plan promised.
-
-    The planner reserves room by an upper bound of the file format's overhead; filling it makes the promise
-    about bytes on disk exact, at the price of a few pages. ExecuTorch ignores what follows its last segment.
-
-    Raises:
-        UnsupportedError: The program is larger than promised.
-    """
-    if len(program) > size_bytes:
-        raise UnsupportedError(
-            f"the program needs {len(program)} bytes, the plan promised {size_bytes}. Calibrate and plan again."
-        )
-    return program + bytes(size_bytes - len(program))
 
 
 def kernel_program(shape: LayerShape, precision: Precision, seed: int = 0) -> tuple[bytes, torch.Tensor]:
@@ -290,3 +282,47 @@ def compare_precisions(program: bytes, graph: ModelGraph, wanted: Mapping[str, P
             f"the written program does not hold the plan:{listed}\nPlan again without these precisions."
         )
     return held
+
+
+class ExecutorchExporter:
+    """See ``edgeflex.exporters.Exporter``."""
+
+    def prepare(
+        self, model: DynamicModel, precisions: Mapping[str, Precision], ranges: Mapping[str, tuple[float, float]]
+    ) -> PreparedModel:
+        """Return the segments with XNNPACK's numbers."""
+        return prepare(model, precisions, ranges)
+
+    def prepare_segment(
+        self,
+        segment: GraphModule,
+        index: int,
+        precisions: Mapping[str, Precision],
+        ranges: Mapping[str, tuple[float, float]],
+    ) -> nn.Module:
+        """Return one segment with XNNPACK's numbers."""
+        return prepare_segment(segment, index, precisions, ranges)
+
+    def write(self, prepared: PreparedModel, graph: ModelGraph, folder: Path) -> Written:
+        """Lower all segments to one ``.pte``, and read its delegates back."""
+        program = program_from_prepared(prepared)
+        held = compare_precisions(program, graph, prepared.precisions)
+        write_atomic(folder / PROGRAM_FILE, program)
+        return Written({PROGRAM: PROGRAM_FILE}, segment_programs(prepared, graph), held, len(program))
+
+    def pad(self, written: Written, folder: Path, size_bytes: int) -> None:
+        """Write zeros behind the program, which ExecuTorch ignores.
+
+        The planner reserves room by an upper bound of the file format's overhead; filling it makes the promise
+        about bytes on disk exact, at the price of a few pages.
+        """
+        path = folder / PROGRAM_FILE
+        if written.size_bytes > size_bytes:
+            raise UnsupportedError(
+                f"the program needs {written.size_bytes} bytes, the plan promised {size_bytes}. "
+                "Calibrate and plan again."
+            )
+        write_atomic(path, path.read_bytes() + bytes(size_bytes - written.size_bytes))
+
+
+EXECUTORCH = ExecutorchExporter()

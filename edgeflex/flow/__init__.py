@@ -18,17 +18,19 @@ from edgeflex.flow.decoders import (
     plan_decoder,
     simulate_trace,
 )
-from edgeflex.flow.measure import BACKEND, calibrate, fit_exits, inspect, profile, versions
-from edgeflex.flow.ship import bench, export, report, run, verify
+from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
+from edgeflex.flow.ship import bench, build, export, report, run, verify
 
 __all__ = [
     "BACKEND",
     "bench",
     "bench_decoder",
+    "build",
     "calibrate",
     "calibrate_decoder",
     "context_of",
     "decoder_sizes",
+    "doctor",
     "export",
     "export_decoder",
     "fit_exits",

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError
 from edgeflex.files import read_bytes
-from edgeflex.flow.measure import BACKEND
 from edgeflex.schema import (
     Budget,
     Candidates,
@@ -73,14 +72,15 @@ def _bare(device: DeviceProfile) -> str:
 def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | None = None) -> Plan:
     """Return the certified plan for a budget; nothing is measured."""
     from edgeflex.costs import assemble
+    from edgeflex.costs.latency import plan_notes
     from edgeflex.plans import choose, solve
     from edgeflex.plans.audit import check, check_plan
-    from edgeflex.registry import EXPORTERS
+    from edgeflex.registry import EXPORTERS, capabilities_for
 
     folder, graph, own, table, candidates = open_calibration(calibration_folder)
     threads, samples = folder.meta.threads, len(folder.part("choose"))
     if device is not None and _bare(device) != _bare(own):
-        capabilities = EXPORTERS.row(BACKEND).capabilities
+        capabilities = capabilities_for(EXPORTERS, folder.meta.backend, own, device)
         table, candidates = assemble.assemble(folder, graph, device, capabilities, threads=threads, here=False)
     chosen = choose.pick(table, candidates.candidates, budget, samples=samples)
     notes: list[str] = []
@@ -96,6 +96,8 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
         solution = solve(table, budget.model_copy(update={"max_drop": None, "latency": ()}))
     if chosen is None:
         raise _unmeasured(table, candidates, budget)
+    used = assemble.mix_of(chosen.candidate.choices).values()
+    notes += plan_notes(device or own, folder.meta.backend, used)
     chosen = _with_safety(chosen, folder, budget, candidates)
     scenario, certificate = choose.certified(chosen, budget, _paired_losses(folder, chosen.candidate.mix))
     made = _plan_document(chosen, scenario, budget, graph, solution, candidates, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from edgeflex.errors import InfeasibleError, InputError
+from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
 from edgeflex.files import read_bytes
 from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, plan_decoder, read_array, utf8
 from edgeflex.schema import Check, Precision
@@ -40,20 +40,23 @@ def export_decoder(
     folder: Path,
     out: Path,
     *,
+    target: str = "executorch",
     stock: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DecoderManifest:
     """Write a decoder's bundle, read it back, and measure the exported numbers against fp32 on text kept for that.
 
+    For ``onnx`` it holds the same numbers as stages for ONNX Runtime; the plan's times are those of the native engine.
+
     Raises:
         InputError: The plan is another model's or calibration's, or was changed by hand.
         InfeasibleError: The exported numbers diverge more than the budget allows.
         UnsupportedError: The bundle does not hold the plan.
     """
-    from edgeflex.exporters.decoder import export_decoder as write_bundle
     from edgeflex.models.decoders import open_decoder
 
+    write_bundle = _writer(target, stock=stock)
     source = open_decoder(place)
     if source.graph.digest() != planned.graph_digest:
         raise InputError(
@@ -70,8 +73,23 @@ def export_decoder(
             "was; run edgeflex plan again."
         )
     quality = _Quality(source, planned, folder)
-    return write_bundle(
-        source, planned, out, progress=progress, stock=stock, overwrite=overwrite, measured=quality.measure
+    return write_bundle(source, planned, out, progress=progress, overwrite=overwrite, measured=quality.measure)
+
+
+def _writer(target: str, *, stock: bool) -> Callable[..., DecoderManifest]:
+    """Return what writes bundles for a target."""
+    from functools import partial
+
+    if target == "executorch":
+        from edgeflex.exporters.decoder import export_decoder
+
+        return partial(export_decoder, stock=stock)
+    if target == "onnx":
+        from edgeflex.exporters.onnx_decoder import export_onnx_decoder
+
+        return export_onnx_decoder
+    raise UnsupportedError(
+        f"decoders are not exported for {target!r}. Choose --target executorch (the native engine) or onnx."
     )
 
 
@@ -103,6 +121,7 @@ class _Quality:
             losses = [float(one.losses(tokens, two.hidden).mean()) for one, two in ((true, clean), (other, changed))]
             agreement = _agreement(clean.routed, changed.routed)
             expected = [self._answer(other, row) for row in tokens[:2].tolist()]
+        self._refuse_rise(float(np.expm1(losses[1] - losses[0])))
         limit = self._planned.budget.max_kl
         if limit is not None and not kl <= limit:  # also true of NaN
             raise InfeasibleError(
@@ -121,6 +140,18 @@ class _Quality:
             "router_agreement": agreement,
             "expected": tuple(expected),
         }
+
+    def _refuse_rise(self, rise: float) -> None:
+        limit = self._planned.budget.max_perplexity_rise
+        if limit is None or rise <= limit:
+            return
+        raise InfeasibleError(
+            f"the exported numbers raise perplexity by {rise:.2%} on text that chose nothing; the budget is "
+            f"{limit:.2%}. Plan with --max-perplexity {100 * limit * limit / rise:.3g}%, or allow more.",
+            binding=("max perplexity",),
+            least={"max perplexity": rise},
+            relaxation=f"--max-perplexity {100 * rise:.3g}%",
+        )
 
     @staticmethod
     def _answer(reference: Reference, row: Sequence[int]) -> Expected:

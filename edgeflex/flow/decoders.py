@@ -409,6 +409,7 @@ class Replays:
         self._traces: dict[int, Trace] = {}
         self._points: dict[tuple[bytes, int, str], MissPoint] = {}
         self._reads: dict[tuple[bytes, int, str, int], int] = {}
+        self._used: NDArray[np.bool_] | None = None
 
     def trace(self, chunk: int) -> Trace:
         """Return the texts with prompts read in chunks of ``chunk`` tokens."""
@@ -431,12 +432,25 @@ class Replays:
         """Return the bytes that the prompt reads into an empty cache, in chunks of ``chunk`` tokens."""
         from edgeflex.runtimes.replay import replay
 
+        if cache_bytes >= int(sizes.sum()):
+            used = int(sizes[self._first_used(sizes.shape)].sum())
+            return min(int(used * self._scale), int(sizes.sum()))
         key = (sizes.tobytes(), cache_bytes, policy, chunk)
         if key not in self._reads:
             first = _first_prompt(self.trace(chunk))
             read = replay(first, cache_bytes, policy, sizes=sizes).first_prefill_bytes
             self._reads[key] = int(read * self._scale)
         return self._reads[key]
+
+    def _first_used(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Return ``[layers, experts]``: what the first text's prompt uses."""
+        import numpy as np
+
+        if self._used is None:
+            first = _first_prompt(self.trace(64))
+            self._used = np.zeros(shape, dtype=np.bool_)
+            self._used[first.layer, first.expert] = True
+        return self._used
 
 
 def _shortened(routing: Any) -> Any:

@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 
     from edgeflex.costs.calibration import Evaluate, Evaluation
     from edgeflex.costs.store import Calibration
+    from edgeflex.exporters import Exporter
     from edgeflex.images import ImageFolder
     from edgeflex.models import DynamicModel
+    from edgeflex.profiles.doctor import Doctor
     from edgeflex.profiles.kernels import KernelJob
+    from edgeflex.runtimes import SessionKind
+    from edgeflex.schema import SegmentProgram
     from edgeflex.transforms import PreparedModel
 
+# What is exported for unless another target is named.
 BACKEND = "executorch"
 _KERNEL_SAMPLES = 15
 _TIMING_IMAGES = 32
@@ -46,9 +51,10 @@ _FEWEST_IMAGES = 20
 _FAST_DROP = 0.03
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides the numbers."""
-    return {name: version(name) for name in ("edgeflex", "torch", "executorch", "torchao", "numpy", "scipy")}
+def versions(target: str = BACKEND) -> dict[str, str]:
+    """Return the versions of what decides the numbers of a target's programs."""
+    own = ("executorch", "torchao") if target == BACKEND else ("onnx", "onnxscript", "onnxruntime")
+    return {name: version(name) for name in ("edgeflex", "torch", *own, "numpy", "scipy")}
 
 
 # --- profile -----------------------------------------------------------------------------------------
@@ -128,16 +134,24 @@ def _profiled_precisions(planned: Any) -> dict[Any, tuple[Precision, ...]]:
     }
 
 
+def doctor() -> Doctor:
+    """Return what is installed here, what is missing with its remedy, and which targets run."""
+    from edgeflex.profiles.doctor import examine
+
+    return examine()
+
+
 def _pretty(document: Any) -> str:
     return json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
 
 def _same_machine(device: DeviceProfile) -> bool:
     """Say whether a profile was measured on a machine like this one."""
-    from edgeflex.profiles.machine import machine
+    from edgeflex.profiles.machine import machine, processor_isa
 
     facts = machine()
-    return device.origin == "measured" and device.cpu_model == facts.cpu_model and device.isa == facts.isa
+    here = device.cpu_model == facts.cpu_model and processor_isa(device.isa) == facts.isa
+    return device.origin == "measured" and here
 
 
 # --- inspect, fit-exits --------------------------------------------------------------------------------
@@ -239,11 +253,10 @@ def _yardstick() -> Callable[[], object]:
     return work
 
 
-def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evaluate:
+def _evaluator(model: DynamicModel, images: ImageFolder, threads: int, target: str) -> Evaluate:
     """Return a function that exports a prepared model and runs it for real on images of the folder."""
     from edgeflex.costs.calibration import Evaluation
-    from edgeflex.exporters.executorch import program_from_prepared, segment_programs
-    from edgeflex.runtimes.executorch import ExecutorchSession
+    from edgeflex.registry import EXPORTERS, get
     from edgeflex.runtimes.recorder import memory_now
     from edgeflex.runtimes.segments import all_exits, segment_seconds
 
@@ -252,14 +265,15 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evalua
             yield images.load(indices[start : start + 64], _preprocessing(model))
 
     yardstick = _yardstick()
+    exporter: Exporter = get(EXPORTERS, target)
 
     def evaluate(prepared: PreparedModel, indices: NDArray[np.int64]) -> Evaluation:
-        program = program_from_prepared(prepared)
-        with tempfile.TemporaryDirectory(prefix="edgeflex-") as folder:
-            path = Path(folder) / "program.pte"
-            path.write_bytes(program)
-            session = ExecutorchSession(path, segment_programs(prepared, model.graph), threads=threads)
-            sample = images.load(indices[:_TIMING_IMAGES], _preprocessing(model))
+        sample = images.load(indices[:_TIMING_IMAGES], _preprocessing(model))
+        with tempfile.TemporaryDirectory(prefix="edgeflex-") as place:
+            folder = Path(place)
+            written = exporter.write(prepared, model.graph, folder)
+            settings = _quickest(target, folder, written.segments, sample, threads)
+            session = host_runtime(target).from_folder(folder, written.segments, threads=threads, settings=settings)
             never = (None,) * session.segment_count
             with session:  # a rehearsal pays what a process pays once
                 session.infer(sample[:1], never)
@@ -270,9 +284,31 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int) -> Evalua
                 memory_bytes = memory_now().above(before)
                 outputs = all_exits(session, batches(indices))
                 seconds, steady_s = segment_seconds(session, sample, yardstick=yardstick)
-        return Evaluation(outputs, seconds, steady_s, len(program), memory_bytes)
+        return Evaluation(outputs, seconds, steady_s, written.size_bytes, memory_bytes, settings)
 
     return evaluate
+
+
+def host_runtime(target: str) -> SessionKind:
+    """Return what runs a target's programs on this machine.
+
+    Engines of TensorRT exist only on their device; here the same ONNX graphs run plainly in ONNX Runtime.
+    """
+    from edgeflex.registry import RUNTIMES, get, runtime_of
+
+    kind: SessionKind = get(RUNTIMES, "onnxruntime" if target == "tensorrt" else runtime_of(target))
+    return kind
+
+
+def _quickest(
+    target: str, folder: Path, segments: Sequence[SegmentProgram], sample: NDArray[np.float32], threads: int
+) -> str:
+    """Return the settings in which a program runs quickest without other numbers, where its runtime has a choice."""
+    if target != "onnx":
+        return ""
+    from edgeflex.runtimes.onnxruntime import choose_settings
+
+    return choose_settings(folder, segments, sample, threads=threads)
 
 
 def _preprocessing(model: DynamicModel) -> Any:
@@ -306,11 +342,12 @@ def calibrate(
     threads: int = 1,
     seed: int = 0,
     mixes: int = 8,
+    target: str = BACKEND,
     shares: dict[str, float] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Candidates:
-    """Measure what the model does in every precision and exit; resumable, cached by content.
+    """Measure what the model does in every precision of ``target`` and at every exit; resumable, cached by content.
 
     Writes the calibration folder with ``graph.json``, ``device.json``, ``table.json`` and
     ``candidates.json``, which are all that planning needs.
@@ -319,9 +356,10 @@ def calibrate(
     from edgeflex.costs.table import layer_options
     from edgeflex.images import open_images, split
     from edgeflex.models import open_model
-    from edgeflex.registry import EXPORTERS
+    from edgeflex.registry import EXPORTERS, capabilities_for, get
 
     heard = progress or Silent()
+    capabilities = capabilities_for(EXPORTERS, target, device)
     model, images = open_model(model_folder), open_images(data)
     _check_classes(model, images)
     _refuse_fitted(model_folder, images)
@@ -330,10 +368,10 @@ def calibrate(
         images_digest=images.digest(),
         seed=seed,
         shares=shares or store.SHARES,
-        backend=BACKEND,
+        backend=target,
         threads=threads,
         machine=_machine_name(),
-        versions=versions(),
+        versions=versions(target),
     )
     if overwrite and (out / "calibration.json").exists():
         store.Calibration(out, meta).clear()
@@ -344,20 +382,20 @@ def calibrate(
         folder.write_split(parts, images.labels, seed)
     write_atomic(out / "graph.json", _pretty(model.graph))
     _keep_samples(folder, images, model)
-    capabilities = EXPORTERS.row(BACKEND).capabilities
     options = layer_options(model.graph, capabilities)
     calibration.measure_ranges(folder, model, images)
-    here = _same_machine(device)
-    if here:
+    here = target != "tensorrt" and _same_machine(device)
+    if here and target == BACKEND:
         device = _with_kernels(device, model.graph, options, threads, out / "kernels.partial", heard)
     write_atomic(out / "device.json", _pretty(device))
-    calibration.measure_sensitivity(folder, model, images, options, heard)
-    evaluate = _evaluator(model, images, threads)
+    exporter: Exporter = get(EXPORTERS, target)
+    calibration.measure_sensitivity(folder, model, images, options, exporter.prepare_segment, heard)
+    evaluate = _evaluator(model, images, threads, target)
     uniform = assemble.uniform_mixes(model.graph, options)
     mixed = [("random", assemble.random_mix(model.graph, options, seed + step)) for step in range(2)]
     with heard.task("Running whole mixes", len(uniform) + len(mixed) + mixes) as advance:
         for role, precisions in (*uniform, *mixed):
-            calibration.measure_mix(folder, model, precisions, evaluate, role)
+            calibration.measure_mix(folder, model, precisions, exporter.prepare, evaluate, role)
             advance(1)
         if folder.asked(mixes) is None:
             # from the seeds alone, so that what is asked for does not depend on how often this was resumed
@@ -366,7 +404,7 @@ def calibrate(
             )
             folder.write_asked(mixes, [assemble.mix_of(one.choices) for one in _frontier(table, mixes)])
         for wanted in folder.asked(mixes) or ():
-            calibration.measure_mix(folder, model, wanted, evaluate)
+            calibration.measure_mix(folder, model, wanted, exporter.prepare, evaluate)
             advance(1)
     table, candidates = assemble.assemble(folder, model.graph, device, capabilities, threads=threads, here=here)
     write_atomic(out / "table.json", table.canonical_json())

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from edgeflex.errors import InputError
 from edgeflex.files import read_bytes, staged_folder, write_atomic
 from edgeflex.flow.decide import open_calibration, require_own, sweep
-from edgeflex.flow.measure import BACKEND, versions
+from edgeflex.flow.measure import host_runtime, versions
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import (
     BenchResult,
     BundleManifest,
     DeviceProfile,
+    ModelGraph,
     Plan,
     Precision,
     RunStats,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from edgeflex.bundle import Bundle
     from edgeflex.costs.store import MixRecord
+    from edgeflex.exporters import Exporter, Written
+    from edgeflex.schema_trt import EngineIndex
     from edgeflex.transforms import PreparedModel
 
 # How far ExecuTorch may differ from the reference, in probability. Float differs by summation order; int8
@@ -42,56 +45,71 @@ def export(
     out: Path,
     *,
     device: DeviceProfile | None = None,
+    target: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Write the bundle of a plan, read it back and hold it against plan and reference."""
+    """Write the bundle of a plan, read it back and hold it against plan and reference.
+
+    Args:
+        planned: The plan.
+        model_folder: The model that was calibrated.
+        calibration_folder: Its calibration.
+        out: The bundle's folder.
+        device: What was planned for, if not the calibration's own device.
+        target: What to export for; must be the plan's, whose numbers were certified.
+        overwrite: Replace what ``out`` holds.
+        progress: Told about the steps.
+
+    Raises:
+        InputError: The plan is of another model, calibration, device or target, or was changed by hand.
+        UnsupportedError: The target cannot express the plan, or computes something else than the reference.
+    """
     from safetensors.numpy import save
 
-    from edgeflex.bundle import EXPECTED, PROGRAM, SEEN, seal, write_manifest
+    from edgeflex.bundle import EXPECTED, SEEN, seal, write_manifest
     from edgeflex.costs.assemble import mix_of
     from edgeflex.costs.store import mix_digest
-    from edgeflex.exporters import executorch as exporter
     from edgeflex.models import open_model
     from edgeflex.plans import choose
-    from edgeflex.transforms import prepare
+    from edgeflex.registry import EXPORTERS, get
 
     heard = progress or Silent()
     model = open_model(model_folder)
-    if model.graph.digest() != planned.graph_digest:
-        raise InputError(
-            f"the plan is for model {planned.graph_digest[:12]}, {str(model_folder)!r} is "
-            f"{model.graph.digest()[:12]}. Give the model that was calibrated."
-        )
+    _refuse_other(planned, model.graph, str(model_folder), target)
+    exporter: Exporter = get(EXPORTERS, planned.backend)
     folder, _, _, table, _ = open_calibration(calibration_folder)
     precisions = mix_of(planned.choices)
     require_own(planned, calibration_folder, device=device)
     with heard.task("Exporting", 4) as advance, staged_folder(out, overwrite=overwrite) as staging:
-        prepared = prepare(model, precisions, folder.ranges())
+        prepared = exporter.prepare(model, precisions, folder.ranges())
         advance(1)
-        program = exporter.program_from_prepared(prepared)
-        _refuse_other_program(program, folder.mix(mix_digest(precisions)).record)
-        held = exporter.compare_precisions(program, model.graph, precisions)
+        record = folder.mix(mix_digest(precisions)).record
+        written = exporter.write(prepared, model.graph, staging)
+        _refuse_other_program(written.size_bytes, record)
         advance(1)
-        write_atomic(staging / "program.pte", exporter.padded(program, planned.predicted.disk_bytes))
-        segments = exporter.segment_programs(prepared, model.graph)
+        exporter.pad(written, staging, planned.predicted.disk_bytes)
         samples = folder.samples()
-        reference, tolerance = _held_against_reference(prepared, staging / "program.pte", segments, samples, held)
+        reference, tolerance, moved = _held_against_reference(
+            prepared, planned.backend, staging, written, samples, record.settings
+        )
         advance(1)
         write_atomic(staging / "expected.safetensors", save({"inputs": samples, "probabilities": reference}))
         write_atomic(staging / "seen.txt", _seen(model_folder, calibration_folder))
-        files = seal(staging, {PROGRAM: "program.pte", EXPECTED: "expected.safetensors", SEEN: "seen.txt"})
+        files = seal(staging, {**written.files, EXPECTED: "expected.safetensors", SEEN: "seen.txt"})
         write_manifest(
             staging,
             BundleManifest(
-                backend=BACKEND,
-                versions=versions(),
+                backend=planned.backend,
+                versions=versions(planned.backend),
                 graph=model.graph,
                 plan=planned,
-                segments=segments,
+                segments=written.segments,
                 files=files,
                 tolerance=tolerance,
-                layer_precisions=held,
+                layer_precisions=written.precisions,
+                settings=record.settings,
+                settings_difference=moved,
                 layer_losses=choose.layer_losses(table, planned.choices, planned.scenario.reach),
                 curve=sweep(calibration_folder, planned.budget, chosen=planned),
             ),
@@ -102,11 +120,25 @@ def export(
     return open_bundle(out)
 
 
-def _refuse_other_program(program: bytes, record: MixRecord) -> None:
-    """Refuse a program of another size than the one that was calibrated: its network's code has changed."""
-    if len(program) != record.program_bytes:
+def _refuse_other(planned: Plan, graph: ModelGraph, place: str, target: str | None) -> None:
+    """Refuse a plan of another model, or of another target's numbers."""
+    if graph.digest() != planned.graph_digest:
         raise InputError(
-            f"the program is {len(program)} bytes, the one that was calibrated {record.program_bytes}: the network or "
+            f"the plan is for model {planned.graph_digest[:12]}, {place!r} is {graph.digest()[:12]}. "
+            "Give the model that was calibrated."
+        )
+    if target is not None and target != planned.backend:
+        raise InputError(
+            f"the plan's numbers are those of {planned.backend!r}, certified as it computes them; {target!r} computes "
+            f"others. Calibrate with --target {target} and plan again."
+        )
+
+
+def _refuse_other_program(size_bytes: int, record: MixRecord) -> None:
+    """Refuse a program of another size than the one that was calibrated: its network's code has changed."""
+    if size_bytes != record.program_bytes:
+        raise InputError(
+            f"the program is {size_bytes} bytes, the one that was calibrated {record.program_bytes}: the network or "
             "the exporter has changed since. Calibrate and plan again."
         )
 
@@ -121,28 +153,64 @@ def _seen(model_folder: Path, calibration_folder: Path) -> str:
 
 
 def _held_against_reference(
-    prepared: PreparedModel, program: Path, segments: Any, samples: NDArray[np.float32], held: Any
-) -> tuple[NDArray[np.float32], float]:
-    """Return the reference's outputs for the samples, once the program was seen to agree with them."""
+    prepared: PreparedModel,
+    target: str,
+    folder: Path,
+    written: Written,
+    samples: NDArray[np.float32],
+    settings: str,
+) -> tuple[NDArray[np.float32], float, float | None]:
+    """Return the reference's outputs for the samples and the tolerance, once the program was seen to agree with them.
+
+    Last comes how far the chosen settings move any probability from plain execution; None where there are none.
+    """
     import numpy as np
     import torch
 
     from edgeflex.errors import UnsupportedError
-    from edgeflex.runtimes.executorch import ExecutorchSession
     from edgeflex.runtimes.segments import all_exits
     from edgeflex.transforms import outputs
 
-    reference = outputs(prepared, torch.from_numpy(samples)).numpy()
-    with ExecutorchSession(program, segments) as session:
-        found = all_exits(session, [samples])
-    tolerance = max(_TOLERANCE[one.bits] for one in {*held.values(), Precision.FP32})
-    difference = float(np.abs(found - reference).max())
-    if not difference <= tolerance:
-        raise UnsupportedError(
-            f"the program's probabilities differ from the reference by {difference:.3g}, the limit is {tolerance}. "
-            "Plan again with other precisions and report the layer."
-        )
-    return reference, tolerance
+    reference = outputs(prepared, torch.from_numpy(samples), batch=1).numpy()
+    kind = host_runtime(target)
+
+    def found(name: str) -> NDArray[np.float32]:
+        with kind.from_folder(folder, written.segments, settings=name) as session:
+            return all_exits(session, [samples])
+
+    plain = found("")
+    tolerance = max(_TOLERANCE[one.bits] for one in {*written.precisions.values(), Precision.FP32})
+    chosen = found(settings) if settings else plain
+    for answers in (plain, chosen):
+        difference = float(np.abs(answers - reference).max())
+        if not difference <= tolerance:
+            raise UnsupportedError(
+                f"the program's probabilities differ from the reference by {difference:.3g}, the limit is {tolerance}. "
+                "Plan again with other precisions and report the layer."
+            )
+    return reference, tolerance, float(np.abs(chosen - plain).max()) if settings else None
+
+
+def build(
+    bundle_folder: Path,
+    *,
+    workspace_bytes: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> EngineIndex:
+    """Build a bundle's TensorRT engines on this device and return what was built.
+
+    Raises:
+        UnsupportedError: The bundle is not for TensorRT, or this device or version cannot build it.
+        MissingDependencyError: TensorRT is not installed.
+        DeviceError: There is no usable GPU, or the builder failed.
+    """
+    from edgeflex.bundle import open_bundle
+    from edgeflex.runtimes.tensorrt_build import build as build_engines
+
+    return build_engines(
+        open_bundle(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=progress or Silent()
+    )
 
 
 # --- run, bench, verify, report ----------------------------------------------------------------------
@@ -152,7 +220,7 @@ def run(
     bundle_folder: Path,
     data: Path,
     *,
-    runtime: str = BACKEND,
+    runtime: str | None = None,
     threads: int | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -214,10 +282,11 @@ def verify(
     *,
     model_folder: Path | None = None,
     limit: int | None = None,
+    runtime: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
-    """Hold a bundle's accuracy, parity and size against its manifest."""
+    """Hold a bundle's accuracy, parity and size against its manifest; the runtime is its target's own unless named."""
     from edgeflex.bundle import open_bundle
     from edgeflex.images import open_images
     from edgeflex.runtimes.verify import verify as check
@@ -228,6 +297,7 @@ def verify(
         bundle,
         open_images(data),
         max_images=limit,
+        runtime=runtime,
         threads=threads or bundle.manifest.plan.threads,
         reference=reference,
         progress=progress,

@@ -260,7 +260,12 @@ void Buffer::release() noexcept {
 
 void Buffer::prefer_huge_pages() const {
 #if defined(MADV_HUGEPAGE)
-  if (data_ != nullptr) madvise(data_, bytes_, MADV_HUGEPAGE);  // a wish: refusal changes nothing but speed
+  // those wholly inside: one that reached beyond the buffer would hold memory that nobody counts
+  const uintptr_t huge = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data_) + huge - 1) / huge * huge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data_) + bytes_) / huge * huge;
+  // a wish: refusal changes nothing but speed
+  if (data_ != nullptr && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -120,7 +120,7 @@ def plan_decoder(
         token_s=budget.token_s,
         first_token_s=budget.first_token_s,
         disk_bytes=budget.disk_bytes,
-        kl=budget.max_kl,
+        kl=budget.kl_limit,
     )
     found = search.best(limits, budget.minimize)
     if found is None:
@@ -154,6 +154,8 @@ def _refuse(
         )
         if value is not None and value <= 0
     ]
+    if budget.max_perplexity_rise is not None and budget.max_perplexity_rise < 0:
+        faults.append(f"perplexity rise of {budget.max_perplexity_rise:g} is below zero; give at least 0.")
     if budget.max_kl is not None and budget.max_kl < 0:
         faults.append(f"max KL of {budget.max_kl:g} is below zero; give nats per token of at least 0.")
     if not 0 < budget.prompt_tokens < budget.context_tokens:

@@ -211,22 +211,23 @@ def _with_traffic(
     graph, rates = ground.calibration.graph, ground.rates
     first += rates.other_prefill_token_s * plan.budget.prompt_tokens
     missed = rate = wait = 0.0
+    prefill = 0
+    counts = [layer.routing.top_k for layer in graph.layers if layer.routing]
     if plan.verdict != "fits":
         point = ground.misses(sizes, plan.cache_bytes, plan.policy)
         rate = point.misses / max(1, point.hits + point.misses)
         missed = point.decode_bytes / point.decode_tokens
-        counts = [layer.routing.top_k for layer in graph.layers if layer.routing]
         chance = 1.0 - (1.0 - rate) ** (sum(counts) / len(counts)) if counts else 0.0
         hidden = ground.overlap * (1.0 - rate) * expert_s
         if missed > 0:
             wait = max(0.0, missed / rates.read_bytes_per_s - hidden) + rates.read_latency_s * len(counts) * chance
         prefill = point.prefill_bytes
-        if ground.prefill_bytes is not None:
-            prefill = ground.prefill_bytes(sizes, plan.cache_bytes, plan.policy, plan.prefill_chunk_tokens)
-        if prefill:
-            steps = math.ceil(plan.budget.prompt_tokens / plan.prefill_chunk_tokens)
-            checked = rates.read_bytes_per_s if rates.first_read_bytes_per_s is None else rates.first_read_bytes_per_s
-            first += prefill / checked + steps * len(counts) * rates.read_latency_s
+    if ground.prefill_bytes is not None:
+        prefill = ground.prefill_bytes(sizes, plan.cache_bytes, plan.policy, plan.prefill_chunk_tokens)
+    if prefill:
+        steps = math.ceil(plan.budget.prompt_tokens / plan.prefill_chunk_tokens)
+        checked = rates.read_bytes_per_s if rates.first_read_bytes_per_s is None else rates.first_read_bytes_per_s
+        first += prefill / checked + steps * len(counts) * rates.read_latency_s
     losses: dict[tuple[str, Precision], float] = {}
     for one in ground.calibration.losses:
         losses[one.unit, one.precision] = max(0.0, one.kl)
@@ -365,7 +366,7 @@ def _broken(plan: DecoderPlan) -> Iterator[str]:
         ("time per token", budget.token_s, said.token_s.value),
         ("time to first token", budget.first_token_s, said.first_token_s.value),
         ("disk", budget.disk_bytes, said.disk_bytes),
-        ("max KL", budget.max_kl, said.kl),
+        ("max KL", budget.kl_limit, said.kl),
     )
     for name, most, value in rows:
         rounding = 0.0 if isinstance(value, int) or most is None else _LIMIT * abs(most) + 1e-12

@@ -140,7 +140,7 @@ class Predictor:
     def traffic(self, mix: Mix, setting: Setting) -> Traffic:
         """Return what is missed; nothing where all experts are resident."""
         if setting.resident:
-            return _NONE
+            return replace(_NONE, prefill_bytes=self._first_reads(mix, setting))
         point = self.point(mix, setting.cache_bytes, setting.policy)
         tokens = point.decode_tokens
         prefill = point.prefill_bytes
@@ -154,6 +154,12 @@ class Predictor:
             replayed=point.misses,
             best_misses=None if point.belady_misses is None else point.belady_misses / tokens,
         )
+
+    def _first_reads(self, mix: Mix, setting: Setting) -> int:
+        """Return the bytes that the first prompt reads though nothing is ever read twice."""
+        if self._prefill is None:
+            return 0
+        return self._prefill(mix.sizes, setting.cache_bytes, setting.policy, setting.chunk_tokens)
 
     # --- figures -----------------------------------------------------------------------------------------
 

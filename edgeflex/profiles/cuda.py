@@ -1,11 +1,13 @@
-"""What a CUDA device does, where there is one and PyTorch can reach it."""
+"""What a CUDA device is, by its driver, and what it does, where PyTorch can reach it."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +21,95 @@ _COPY_BYTES = 256 << 20
 _MATMUL_SIZE = 4096
 _REPEATS = 10
 _WARM_UP = 3
+_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
+# CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, INTEGRATED.
+_ATTRIBUTES = (75, 76, 18)
+# CUresult, as in cuda.h.
+_CUDA_ERRORS = {
+    34: "the library is a stub, not the driver",
+    100: "no GPU that CUDA can use",
+    101: "no such GPU",
+    802: "the system is not ready yet",
+    803: "the driver's library and its kernel module are of different versions",
+    804: "this GPU does not take the compatibility library",
+    999: "unknown; often the kernel module is not loaded",
+}
 
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """A CUDA device as measured."""
+    """A CUDA device as measured; ``isa`` is its compute capability as compilers write it, for instance ``sm_87``."""
 
     name: str
+    isa: str
     integrated: bool
     tier: TierSpec
     links: tuple[Link, ...]
     compute: tuple[ComputeRate, ...]
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """A GPU as its driver names it; ``capability`` is the compute capability, for instance ``8.7``."""
+
+    name: str
+    capability: str
+    memory_bytes: int
+    integrated: bool
+
+
+@dataclass(frozen=True)
+class DriverFacts:
+    """The NVIDIA driver: why it cannot be used (None where it can), the CUDA version it goes up to, its GPUs."""
+
+    problem: str | None
+    cuda_version: str | None = None
+    gpus: tuple[GpuFacts, ...] = ()
+
+
+def driver(load: Callable[[str], Any] = ctypes.CDLL) -> DriverFacts:
+    """Ask the NVIDIA driver itself what there is; neither CUDA nor PyTorch is needed.
+
+    Args:
+        load: Opens a shared library by name.
+    """
+    library = _opened(load)
+    if library is None:
+        return DriverFacts(f"no NVIDIA driver ({' and '.join(_DRIVERS)} are not found)")
+    status = int(library.cuInit(0))
+    version, count = ctypes.c_int(), ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    cuda_version = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
+    if status:
+        why = _CUDA_ERRORS.get(status, "see the CUDA driver API's CUresult")
+        return DriverFacts(f"the NVIDIA driver does not start: cuInit gives {status} ({why})", cuda_version)
+    library.cuDeviceGetCount(ctypes.byref(count))
+    if not count.value:
+        return DriverFacts("the NVIDIA driver sees no GPU", cuda_version)
+    return DriverFacts(None, cuda_version, tuple(_gpu(library, index) for index in range(count.value)))
+
+
+def _opened(load: Callable[[str], Any]) -> Any:
+    """Return the driver's library, or None where there is none."""
+    for name in _DRIVERS:
+        with suppress(OSError):
+            return load(name)
+    return None
+
+
+def _gpu(library: Any, index: int) -> GpuFacts:
+    handle, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    library.cuDeviceGet(ctypes.byref(handle), index)
+    library.cuDeviceGetName(name, len(name), handle)
+    library.cuDeviceTotalMem_v2(ctypes.byref(memory), handle)
+    major, minor, integrated = (_attribute(library, one, handle) for one in _ATTRIBUTES)
+    return GpuFacts(name.value.decode(errors="replace"), f"{major}.{minor}", int(memory.value), bool(integrated))
+
+
+def _attribute(library: Any, attribute: int, handle: ctypes.c_int) -> int:
+    value = ctypes.c_int()
+    library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
+    return value.value
 
 
 def cuda(clock: Callable[[], float] = time.perf_counter) -> CudaFacts | None:
@@ -44,6 +124,7 @@ def cuda(clock: Callable[[], float] = time.perf_counter) -> CudaFacts | None:
     capacity = Figure(value=float(properties.total_memory), origin="measured", source=f"driver of {name}")
     return CudaFacts(
         name=name,
+        isa=f"sm_{properties.major}{properties.minor}",
         integrated=bool(properties.is_integrated),
         tier=TierSpec(tier=Tier.DEVICE, capacity_bytes=capacity, read_bytes_per_s=_device_read(torch, clock)),
         links=_links(torch, clock),

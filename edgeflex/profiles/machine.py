@@ -107,6 +107,15 @@ def machine(root: Path = Path("/")) -> MachineFacts:
     )
 
 
+def processor_isa(isa: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the instruction sets of the processor alone: a profile's ``isa`` may also name its GPU, as ``sm_87``.
+
+    >>> processor_isa(("neon", "fp16", "sm_87"))
+    ('neon', 'fp16')
+    """
+    return tuple(name for name in isa if not name.startswith("sm_"))
+
+
 def conditions(root: Path = Path("/")) -> Conditions:
     """Return load, clock, temperature and energy counter as they are now.
 

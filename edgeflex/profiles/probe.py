@@ -124,7 +124,7 @@ def measure(
         backend=backend,
         cpu_model=facts.cpu_model,
         cores=facts.physical_cores or facts.logical_cores,
-        isa=facts.isa,
+        isa=facts.isa if gpu is None else (*facts.isa, gpu.isa),
         unified_memory=_unified(facts, gpu),
         tiers=(host, gpu.tier) if gpu is not None and not gpu.integrated else (host,),
         links=gpu.links if gpu is not None else (),

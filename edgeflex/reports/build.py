@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgeflex.bundle import PROGRAM
+from edgeflex.bundle import program_bytes
 from edgeflex.errors import InputError
 from edgeflex.schema import Check, Report, Tier
 
@@ -238,7 +238,6 @@ def _disk_checks(manifest: BundleManifest) -> Iterator[Check]:
     limit = manifest.plan.budget.disk_bytes
     if limit is None:
         return
-    sizes = [file.size_bytes for file in manifest.files if file.role == PROGRAM]
-    measured = sum(sizes) if sizes else None
-    note = "" if sizes else "not measured: the manifest names no program file"
+    measured = program_bytes(manifest) or None
+    note = "" if measured else "not measured: the manifest names no program file"
     yield _check("program size", "bytes", limit, manifest.plan.predicted.disk_bytes, measured, note=note)

@@ -193,7 +193,7 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
     one = None if stats is None else _mean_token_s((stats,))
     near = stats is not None and abs(stats.prompt_tokens - budget.prompt_tokens) <= 0.1 * budget.prompt_tokens
     files = sum(file.size_bytes for file in manifest.files)
-    rows: tuple[tuple[str, Literal["bytes", "s", "count"], float | None, float, float | None, str], ...] = (
+    rows: tuple[tuple[str, Literal["bytes", "s", "count", "share"], float | None, float, float | None, str], ...] = (
         (
             "memory",
             "bytes",
@@ -212,7 +212,8 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
             f"for {budget.prompt_tokens} prompt tokens",
         ),
         ("disk", "bytes", budget.disk_bytes, said.disk_bytes, files, "sum of the bundle's files"),
-        ("KL divergence", "count", budget.max_kl, said.kl, manifest.measured_kl, "nats per token from fp32"),
+        ("KL divergence", "count", budget.kl_limit, said.kl, manifest.measured_kl, "nats per token from fp32"),
+        ("perplexity rise", "share", budget.max_perplexity_rise, math.expm1(said.kl), _rise(manifest), "over fp32's"),
     )
     for name, unit, limit, promised, measured, note in rows:
         if limit is None:
@@ -231,3 +232,10 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
             note=note if measured is not None else f"not measured: run edgeflex bench; {note}",
             was_measured=measured is not None,
         )
+
+
+def _rise(manifest: DecoderManifest) -> float | None:
+    """Return how much higher the measured perplexity is than fp32's, as a fraction."""
+    if manifest.measured_perplexity is None or not manifest.reference_perplexity:
+        return None
+    return manifest.measured_perplexity / manifest.reference_perplexity - 1.0

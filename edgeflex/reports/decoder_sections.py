@@ -434,6 +434,8 @@ def _budget_options(plan: DecoderPlan) -> Iterator[str]:
         yield f"--disk {budget.disk_bytes}"
     if budget.max_kl is not None:
         yield f"--max-kl {budget.max_kl:.9g}"
+    if budget.max_perplexity_rise is not None:
+        yield f"--max-perplexity {budget.max_perplexity_rise:.9g}"
     yield f"--minimize {budget.minimize}"
     yield f"--prompt-tokens {budget.prompt_tokens}"
     yield f"--context {budget.context_tokens}"

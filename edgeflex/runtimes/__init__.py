@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from edgeflex.registry import RUNTIMES, get
+from edgeflex.registry import RUNTIMES, get, runtime_of
 from edgeflex.runtimes.loop import Outcome, exits_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Self
 
     from edgeflex.bundle import Bundle
+    from edgeflex.schema import SegmentProgram
 
     Float32 = NDArray[np.float32]
 
-__all__ = ["Outcome", "Session", "exits_for", "open_session"]
+__all__ = ["Outcome", "Session", "SessionKind", "exits_for", "open_session"]
 
 
 class Session(Protocol):
@@ -72,13 +74,39 @@ class Session(Protocol):
         """Give everything back; a second call does nothing."""
 
 
-def open_session(bundle: Bundle, runtime: str = "executorch", threads: int = 1) -> Session:
+class SessionKind(Protocol):
+    """What a row of the registry's runtimes names."""
+
+    def from_bundle(self, bundle: Bundle, *, threads: int = 1) -> Session:
+        """Return a session over a checked bundle, executed as its manifest's ``settings`` say.
+
+        Raises:
+            UnsupportedError: The bundle was exported for another backend.
+            InputError: ``threads`` is below 1.
+        """
+
+    def from_folder(
+        self, folder: Path, segments: Sequence[SegmentProgram], *, threads: int = 1, settings: str = ""
+    ) -> Session:
+        """Return a session over a program that its exporter wrote into ``folder``.
+
+        Raises:
+            InputError: ``threads`` is below 1, or ``settings`` are none of this runtime's.
+        """
+
+
+def open_session(bundle: Bundle, runtime: str | None = None, threads: int = 1) -> Session:
     """Return a session over ``bundle``, to be entered with ``with``.
+
+    Args:
+        bundle: A checked bundle.
+        runtime: What runs it; that of its backend by default.
+        threads: Threads that compute.
 
     Raises:
         InputError: The runtime is unknown or ``threads`` is below 1.
         UnsupportedError: The runtime cannot run this bundle's backend.
         MissingDependencyError: The runtime's package is absent.
     """
-    session: Session = get(RUNTIMES, runtime).from_bundle(bundle, threads=threads)
-    return session
+    kind: SessionKind = get(RUNTIMES, runtime or runtime_of(bundle.manifest.backend))
+    return kind.from_bundle(bundle, threads=threads)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeflex.bundle import PROGRAM
+from edgeflex.bundle import program_bytes
 from edgeflex.errors import InputError
 from edgeflex.progress import Silent
 from edgeflex.runtimes import open_session
@@ -82,7 +82,7 @@ def bench(
     held = memory(bundle, threads)
     before = conditions()
     singles = [np.ascontiguousarray(images[i : i + 1], dtype=np.float32) for i in range(len(images))]
-    with open_session(bundle, bundle.manifest.backend, threads) as session, _without_collector():
+    with open_session(bundle, threads=threads) as session, _without_collector():
         _warm(session, singles[0], warmup)
         samples, exits = _passes(
             session,
@@ -126,7 +126,7 @@ def latency_statistics(per_image_s: NDArray[np.float64]) -> dict[str, float]:
 def disk_checks(bundle: Bundle) -> list[Check]:
     """Return the promised size of the program against the file, and against the budget if there is one."""
     plan = bundle.manifest.plan
-    measured = bundle.file(PROGRAM).stat().st_size
+    measured = program_bytes(bundle.manifest)
     promised = plan.predicted.disk_bytes
     checks = [
         Check(

@@ -1,8 +1,8 @@
 """Runs a decoder's bundle: dense weights in memory, experts through the cache, tokens one by one.
 
-``DecoderSession`` needs NumPy, this processor's native engine and, for text, the package ``tokenizers``; it imports
-neither torch nor ExecuTorch's binding. What it generates does not depend on the size of the cache, the policy,
-prefetching or threads.
+``DecoderSession`` needs NumPy, this processor's native engine or ONNX Runtime (the bundle's backend says which) and,
+for text, the package ``tokenizers``; it imports neither torch nor ExecuTorch's binding. What it generates does not
+depend on the size of the cache, the policy, prefetching or threads.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from edgeflex.bundle_moe import TOKENIZER, open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import sha256_file
 from edgeflex.progress import Silent
-from edgeflex.runtimes.dense import load_dense
+from edgeflex.runtimes.engines import open_engine, require_engine
 from edgeflex.runtimes.expert_cache import ExpertCache
 from edgeflex.runtimes.movers import Mover
-from edgeflex.runtimes.native import Engine, kernel_id
-from edgeflex.runtimes.packed import open_packed
 from edgeflex.runtimes.policies import make_policy
 from edgeflex.runtimes.prefetch import EarlyRouter, Predictor
 from edgeflex.runtimes.recorder import memory_now
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgeflex.progress import Progress
+    from edgeflex.runtimes.engines import DecoderEngine
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.runtimes.prefetch import Guesser
     from edgeflex.runtimes.sampling import Decoding
@@ -111,6 +110,7 @@ class DecoderSession:
 
     Raises:
         InputError: A setting is impossible.
+        UnsupportedError: No engine runs the bundle's backend.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class DecoderSession:
         self._make_mover = mover
         self._clock = clock
         self._memory = memory_now()
-        self._engine: Engine | None = None
+        self._engine: DecoderEngine | None = None
         self._experts: Residency | None = None
         self._store: PackedStore | None = None
         self._dense: NDArray[np.uint8] | None = None
@@ -157,6 +157,7 @@ class DecoderSession:
 
         Raises:
             InputError: ``path`` is no folder, or a setting is impossible.
+            UnsupportedError: No engine runs the bundle's backend.
             BundleError: The manifest is absent or damaged or not a decoder's, or a file is missing or of another size.
         """
         bundle = open_decoder_bundle(Path(path))
@@ -222,7 +223,7 @@ class DecoderSession:
 
     @property
     def store(self) -> PackedStore:
-        """The packed weights."""
+        """Where weights are read from."""
         if self._store is None:
             raise _closed()
         return self._store
@@ -284,7 +285,7 @@ class DecoderSession:
 
     def _answer(
         self,
-        engine: Engine,
+        engine: DecoderEngine,
         experts: Residency,
         run: _Run,
         prompt: Sequence[int],
@@ -319,14 +320,14 @@ class DecoderSession:
         if self._run is not run or self._engine is None:
             raise DeviceError("another generation was begun on this session, or it was closed. Begin anew.")
 
-    def _read(self, engine: Engine, experts: Residency, run: _Run, prompt: Sequence[int]) -> None:
+    def _read(self, engine: DecoderEngine, experts: Residency, run: _Run, prompt: Sequence[int]) -> None:
         """Read a prompt in chunks; the logits of its last token are there afterwards."""
         for first in range(0, len(prompt), self.chunk_tokens):
             experts.begin(Pass(run.number, self._position, first // self.chunk_tokens, decoding=False))
             self._forward(engine, experts, prompt[first : first + self.chunk_tokens])
         experts.settle()
 
-    def _forward(self, engine: Engine, experts: Residency, tokens: Sequence[int]) -> None:
+    def _forward(self, engine: DecoderEngine, experts: Residency, tokens: Sequence[int]) -> None:
         """Run one forward pass."""
         missing = engine.forward(np.asarray(tokens, dtype=np.int32), self._position)
         while missing is not None:
@@ -335,12 +336,12 @@ class DecoderSession:
         self._position += len(tokens)
         self._unread = []
 
-    def _begin(self, engine: Engine, experts: Residency) -> float:
+    def _begin(self, engine: DecoderEngine, experts: Residency) -> float:
         engine.times()
         experts.wait_s = 0.0
         return self._clock()
 
-    def _note(self, engine: Engine, experts: Residency, run: _Run, token: int, total_s: float) -> None:
+    def _note(self, engine: DecoderEngine, experts: Residency, run: _Run, token: int, total_s: float) -> None:
         times = engine.times()
         self._unread = [token]
         if run.tokens:
@@ -413,11 +414,7 @@ class DecoderSession:
         ]
         if faults:
             raise InputError.collect("the run's settings", faults)
-        if self.manifest.backend != "executorch":
-            raise InputError(
-                f"{self.folder}: exported for {self.manifest.backend!r}; this runtime runs bundles for 'executorch'. "
-                "Export it again for executorch."
-            )
+        require_engine(self.folder, self.manifest)
 
     def _check_prompt(self, prompt: Sequence[int], end: int, max_tokens: int) -> None:
         vocabulary = self.manifest.graph.vocabulary
@@ -437,28 +434,29 @@ class DecoderSession:
         if faults:
             raise InputError.collect("the prompt", faults)
 
-    def _opened(self) -> tuple[Engine, Residency]:
+    def _opened(self) -> tuple[DecoderEngine, Residency]:
         if self._engine is None or self._experts is None:
             raise _closed()
         return self._engine, self._experts
 
     def _load(self) -> None:
-        engine = Engine(
-            self.manifest.graph,
+        opened = open_engine(
+            self.folder,
+            self.manifest,
             context_tokens=self.context_tokens,
             chunk_tokens=self.chunk_tokens,
             threads=self.threads,
+            progress=self._progress,
         )
-        self._engine = engine
-        self._store = open_packed(self.folder, self.manifest, engine, kernel_id(), self._progress)
+        self._engine, self._store = opened.engine, opened.store
         cache = self._new_cache()
-        self._dense = load_dense(engine, self._store)
+        self._dense = opened.load()
         self._experts = Residency(
-            engine,
-            self._store,
+            opened.engine,
+            opened.store,
             cache,
             self._layers(),
-            predictor=self._predictor(engine, self._store),
+            predictor=self._predictor(opened.engine, opened.store),
             record=self._settings.record,
             mover=self._make_mover,
             clock=self._clock,
@@ -486,7 +484,7 @@ class DecoderSession:
         limit = cache_limit(self.store, self.cache_bytes)
         return ExpertCache(limit, self.store.sizes, policy, prefetch_worth=self._settings.prefetch_worth)
 
-    def _predictor(self, engine: Engine, store: PackedStore) -> Guesser | None:
+    def _predictor(self, engine: DecoderEngine, store: PackedStore) -> Guesser | None:
         if not self.prefetch_depth:
             return None
         if self._settings.prefetch_by == "router":

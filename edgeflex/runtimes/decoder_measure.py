@@ -16,7 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeflex.errors import BundleError, DeviceError, EdgeflexError, InputError
+from edgeflex.errors import (
+    BundleError,
+    DeviceError,
+    EdgeflexError,
+    InputError,
+    MissingDependencyError,
+    UnsupportedError,
+)
 from edgeflex.runtimes import fresh
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.recorder import memory_now, reset_peak
@@ -30,7 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TIMEOUT_S = 3600.0
-_ERRORS = {kind.exit_code: kind for kind in (InputError, BundleError, DeviceError)}
+_KINDS = (InputError, UnsupportedError, MissingDependencyError, BundleError, DeviceError)
+_ERRORS: dict[int, type[EdgeflexError]] = {kind.exit_code: kind for kind in _KINDS}
 _STATUS = Path("/proc/self/status")
 
 

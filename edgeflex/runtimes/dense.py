@@ -13,6 +13,8 @@ from edgeflex.runtimes.pages import private_pages
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from edgeflex.runtimes.native import Engine
@@ -27,6 +29,16 @@ def load_dense(engine: Engine, store: PackedStore) -> NDArray[np.uint8]:
         DeviceError: The disk failed, or memory is short.
         InputError: The engine's decoder has other matrices.
     """
+    return read_dense(store, lambda piece, data: _hand_over(engine, piece, data))
+
+
+def read_dense(store: PackedStore, take: Callable[[Piece, NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
+    """Read all dense records, check them, give each part to ``take``, and return the memory that holds them.
+
+    Raises:
+        BundleError: A record is not what was packed.
+        DeviceError: The disk failed, or memory is short.
+    """
     memory = _pages(store.dense_bytes)
     direct = all(takes_direct(record.file) for record, _ in store.dense[:1])
     with Mover(memory, direct=direct) as mover:
@@ -39,7 +51,7 @@ def load_dense(engine: Engine, store: PackedStore) -> NDArray[np.uint8]:
             read.wait()
             for piece in unit.pieces:
                 start = first + piece.offset
-                _hand_over(engine, piece, memory[start : start + piece.size_bytes])
+                take(piece, memory[start : start + piece.size_bytes])
     return memory
 
 

@@ -85,6 +85,15 @@ class ExecutorchSession:
             )
         return cls(bundle.file(PROGRAM), manifest.segments, threads=threads)
 
+    @classmethod
+    def from_folder(
+        cls, folder: Path, segments: Sequence[SegmentProgram], *, threads: int = 1, settings: str = ""
+    ) -> ExecutorchSession:
+        """Return a session over a program that its exporter wrote into ``folder``; see ``Session``."""
+        if settings:
+            raise InputError(f"ExecuTorch has no settings, {settings!r} were given. Leave them out.")
+        return cls(folder / "program.pte", segments, threads=threads)
+
     @property
     def load_s(self) -> float:
         """Seconds that loading took; 0 before ``with``."""

@@ -75,7 +75,7 @@ def _held(path: Path, threads: int, inferences: int) -> ModelMemory:
     shape = bundle.manifest.segments[0].input_shape
     x = np.zeros(shape, dtype=np.float32)
     never = (None,) * len(bundle.manifest.segments)
-    session = open_session(bundle, bundle.manifest.backend, threads)
+    session = open_session(bundle, threads=threads)
     start = memory_now()
     told = reset_peak()
     with session:

@@ -53,6 +53,7 @@ class Record(NamedTuple):
         offset: Bytes from its start, a multiple of 4096.
         size_bytes: Length, a multiple of 4096.
         sha256: Of these bytes.
+        remedy: What to do when they are damaged.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Record(NamedTuple):
     offset: int
     size_bytes: int
     sha256: str
+    remedy: str = _REMEDY
 
 
 def takes_direct(file: Path) -> bool:
@@ -135,7 +137,7 @@ def _differs(record: Record, found: memoryview) -> EdgeflexError | None:
         return None
     return BundleError(
         f"{record.file}: {record.name} (bytes {record.offset} to {record.offset + record.size_bytes}) is not what was "
-        f"packed: its SHA-256 differs. {_REMEDY}"
+        f"packed: its SHA-256 differs. {record.remedy}"
     )
 
 
@@ -312,14 +314,14 @@ def _fill(target: memoryview, read: Callable[[memoryview, int], int], record: Re
         if count < BLOCK_BYTES and rest:
             raise BundleError(
                 f"{record.file}: ends {rest} bytes before {record.name} does (bytes {record.offset} to "
-                f"{record.offset + record.size_bytes}): the file is truncated. {_REMEDY}"
+                f"{record.offset + record.size_bytes}): the file is truncated. {record.remedy}"
             )
 
 
 def _system_fault(record: Record, error: OSError) -> EdgeflexError:
     reason = error.strerror or str(error)
     if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
-        return BundleError(f"{record.file}: {reason}, and {record.name} should be in it. {_REMEDY}")
+        return BundleError(f"{record.file}: {reason}, and {record.name} should be in it. {record.remedy}")
     if error.errno in {errno.EMFILE, errno.ENFILE}:
         return DeviceError(f"{record.file}: {reason}. Raise the limit on open files (`ulimit -n`).")
     return DeviceError(f"{record.file}: reading {record.name} failed: {reason}. Check the disk and its cable or card.")

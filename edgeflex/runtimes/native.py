@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     Raw: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
 ALIGNMENT_BYTES = 64
-_HUGE_PAGE_BYTES = 1 << 21
 _ABI = 3
 _MISSING = 1
 _INPUT_FAULT = -1
@@ -468,20 +467,16 @@ class Engine:
     def arena(self, capacity_bytes: int) -> NDArray[np.uint8]:
         """Return zeroed memory for experts' packed bytes; an earlier arena is given up, its experts unbound.
 
-        It starts at a multiple of 2 MiB, so that huge pages fit: fewer address look-ups while weights stream.
-
         Raises:
             DeviceError: No memory.
         """
         try:
-            whole = private_pages(max(capacity_bytes, 1) + _HUGE_PAGE_BYTES)
+            arena = private_pages(capacity_bytes)[:capacity_bytes]
         except (OSError, ValueError, OverflowError) as error:
             raise DeviceError(
                 f"no memory for an expert cache of {capacity_bytes} bytes: {error}. All of it is taken at once. "
                 "Give a smaller cache."
             ) from error
-        skip = -whole.ctypes.data % _HUGE_PAGE_BYTES
-        arena = whole[skip : skip + capacity_bytes]
         self._call("efx_set_arena", arena.ctypes.data, capacity_bytes)
         self._arena = arena
         return arena

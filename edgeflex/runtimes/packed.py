@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +28,6 @@ from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
     from typing import BinaryIO
 
     from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def open_packed(
         DeviceError: The disk is full.
         InputError: The bundle's folder cannot be written.
     """
-    units = _units(manifest, packer)
+    units = _units(manifest.matrices, packer)
     place = folder / f"packed-{check_kernel_id(kernel_id)}"
     digest = weights_digest(manifest)
     if _is_stale(place, digest):
@@ -166,7 +166,18 @@ def weights_digest(manifest: DecoderManifest) -> str:
 # --- what lies where -----------------------------------------------------------------------------------
 
 
-def _unit_name(name: str) -> str:
+def index_of(matrices: Sequence[MatrixRecord], packer: Packer) -> tuple[dict[str, Unit], dict[str, Record]]:
+    """Return every unit of a store and its record, with nothing behind them: what an open store holds in memory."""
+    units = _units(matrices, packer)
+    digest = "0" * 64
+    records = {
+        name: Record(name, Path("store") / _file_of(name), 0, unit.size_bytes, f"{digest}{number}"[-64:])
+        for number, (name, unit) in enumerate(units.items())
+    }
+    return units, records
+
+
+def unit_of(name: str) -> str:
     """Return the unit of a matrix or small tensor."""
     parts = name.split(".")
     if parts[0] != "layers" or len(parts) < 3:
@@ -184,11 +195,11 @@ def _aligned(size_bytes: int, to: int) -> int:
     return -(-size_bytes // to) * to
 
 
-def _units(manifest: DecoderManifest, packer: Packer) -> dict[str, Unit]:
+def _units(listed: Sequence[MatrixRecord], packer: Packer) -> dict[str, Unit]:
     """Return every unit with its layout, in the order of the manifest."""
     grouped: dict[str, list[MatrixRecord]] = {}
-    for one in manifest.matrices:
-        grouped.setdefault(_unit_name(one.name), []).append(one)
+    for one in listed:
+        grouped.setdefault(unit_of(one.name), []).append(one)
     known: dict[tuple[Precision, int, int], int] = {}
     return {name: _unit(name, matrices, packer, known) for name, matrices in grouped.items()}
 

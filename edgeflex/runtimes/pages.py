@@ -17,18 +17,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def private_pages(size_bytes: int) -> NDArray[np.uint8]:
-    """Return page-aligned zeros, at least ``size_bytes`` of them and at least a page.
+HUGE_PAGE_BYTES = 1 << 21
 
-    Huge pages mean fewer address look-ups while weights stream.
+
+def private_pages(size_bytes: int) -> NDArray[np.uint8]:
+    """Return page-aligned zeros, as many as ``size_bytes`` and at least a page.
+
+    Huge pages mean fewer address look-ups while weights stream. From one huge page up they start at such a page's
+    border, and only those that lie wholly inside are asked for: one that reached beyond would hold up to 2 MiB that
+    nobody counts.
 
     Raises:
         OSError: No memory; also ValueError or OverflowError for sizes that no system has.
     """
-    memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    wanted = max(size_bytes, mmap.PAGESIZE)
+    huge = wanted // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    memory = mmap.mmap(-1, wanted + (HUGE_PAGE_BYTES if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(memory, dtype=np.uint8)
+    skip = -whole.ctypes.data % HUGE_PAGE_BYTES if huge else 0
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE, skip, huge)
         except OSError as error:
             logger.debug("no huge pages here: %s", error)
-    return np.frombuffer(memory, dtype=np.uint8)
+    return whole[skip : skip + wanted]

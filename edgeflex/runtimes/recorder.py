@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.progress import Silent
+from edgeflex.registry import runtime_of
 from edgeflex.runtimes import open_session
 from edgeflex.schema import Conditions, RequestStats, RunStats
 
@@ -222,7 +223,7 @@ def run_images(
     bundle: Bundle,
     images: ImageFolder,
     *,
-    runtime: str = "executorch",
+    runtime: str | None = None,
     threads: int = 1,
     limit: int | None = None,
     device: str = "this machine",
@@ -235,7 +236,7 @@ def run_images(
     Args:
         bundle: A checked bundle.
         images: In their order; a folder whose class the network does not know gives images without label.
-        runtime: What runs the bundle.
+        runtime: What runs the bundle; that of its backend by default.
         threads: Threads of the pool.
         limit: At most so many images, from the start.
         device: What the machine is called in the record.
@@ -272,7 +273,7 @@ def run_images(
             advance(len(batch))
         return recorder.stats(
             manifest_digest=manifest.digest(),
-            runtime=runtime,
+            runtime=runtime or runtime_of(manifest.backend),
             device=device,
             threads=threads,
             before=before,

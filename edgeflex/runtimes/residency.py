@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeflex.runtimes.engines import DecoderEngine
     from edgeflex.runtimes.expert_cache import ExpertCache, Outcome
     from edgeflex.runtimes.movers import Read
-    from edgeflex.runtimes.native import Engine, Missing
+    from edgeflex.runtimes.native import Missing
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.runtimes.prefetch import Guesser
 
     Key = tuple[int, int]
+
+
+# Reads of experts that nobody waits for yet: enough to keep a disk busy, few enough to wait behind.
+_EARLY_READS = 4
 
 
 class Pass(NamedTuple):
@@ -87,6 +92,9 @@ def cache_limit(store: PackedStore, asked_bytes: int) -> int:
 class Residency:
     """The experts in the arena; what it holds is what the cache says, once reads have landed.
 
+    Where the arena has room for all experts, they are read one after the other from the first pass on, beside the
+    computing; the cache counts each at its first use all the same.
+
     Args:
         engine: Computes; its arena holds the experts.
         store: Where experts are read from.
@@ -100,7 +108,7 @@ class Residency:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: DecoderEngine,
         store: PackedStore,
         cache: ExpertCache,
         layers: Sequence[int],
@@ -130,6 +138,9 @@ class Residency:
         self._reads: dict[Key, Read] = {}
         self._bound: set[Key] = set()
         self._verified: set[Key] = set()
+        self._early: deque[Key] = deque()
+        self._early_reads: list[Read] = []
+        self._plan_early_reads()
         self._step = -1
         self._begun: deque[Pass] = deque()  # passes of which not all events were taken
         self._ahead = 0  # events taken of the first of them
@@ -146,6 +157,8 @@ class Residency:
     def begin(self, of: Pass) -> None:
         """Say which forward pass comes now."""
         self._begun.append(of)
+        if self._early:
+            self._read_early()
 
     def serve(self, missing: Missing) -> None:
         """Bring what the present event lacks and compute all of it.
@@ -186,6 +199,7 @@ class Residency:
         self._engine.take_events()
         self._slots = Slots(self._slots.capacity_bytes, self._slots.small_bytes)
         self.cache = cache
+        self._plan_early_reads()
         self.events.clear()
         self._begun.clear()
         self._step, self._ahead = -1, 0
@@ -251,12 +265,34 @@ class Residency:
 
     def _admit(self, layer: int, experts: Sequence[int]) -> None:
         """Find places for experts, then start reading them; moving first, since reads pin their places."""
-        for expert in experts:
-            self._place((layer, expert))
-        for expert in experts:
-            key = (layer, expert)
-            record = self._store.experts[key].record
-            self._reads[key] = self._mover.submit(record, self._slots.offset(key), check=key not in self._verified)
+        lacking = [key for key in ((layer, expert) for expert in experts) if key not in self._reads]
+        for key in lacking:
+            self._place(key)
+        for key in lacking:
+            self._reads[key] = self._submit(key)
+        if self._early:
+            self._read_early()
+
+    def _submit(self, key: Key) -> Read:
+        record = self._store.experts[key].record
+        return self._mover.submit(record, self._slots.offset(key), check=key not in self._verified)
+
+    def _plan_early_reads(self) -> None:
+        """List all experts, in the order in which layers come, if all of them have a place."""
+        self._early_reads.clear()
+        self._early.clear()
+        if self.cache.capacity_bytes >= int(self._store.sizes.sum()):
+            self._early.extend(sorted(self._store.experts))
+
+    def _read_early(self) -> None:
+        """Start reading the next experts that nobody asked for yet, a few at a time."""
+        self._early_reads = [read for read in self._early_reads if not read.done]
+        while self._early and len(self._early_reads) < _EARLY_READS:
+            key = self._early.popleft()
+            if key not in self._reads and key not in self._bound:
+                self._place(key)
+                self._reads[key] = self._submit(key)
+                self._early_reads.append(self._reads[key])
 
     def _place(self, key: Key) -> None:
         _, moves = self._slots.place(key, self._store.experts[key].record.size_bytes)

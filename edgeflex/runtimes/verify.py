@@ -77,6 +77,7 @@ def verify(
     *,
     indices: Sequence[int] | None = None,
     max_images: int | None = None,
+    runtime: str | None = None,
     threads: int = 1,
     reference: Reference | None = None,
     progress: Progress | None = None,
@@ -88,6 +89,7 @@ def verify(
         images: Labelled images; those named in the bundle's list of seen images are skipped.
         indices: The images to look at; all by default.
         max_images: At most so many, evenly spread over those left.
+        runtime: What runs the bundle; that of its backend by default.
         threads: Threads of the pool.
         reference: The full-depth fp32 network, ``[n, C, H, W]`` to probabilities or logits ``[n, classes]``.
             Without it, the accuracy that the plan recorded stands in, and a note says so.
@@ -103,7 +105,7 @@ def verify(
     unseen = unseen_indices(bundle, images, among=indices)
     skipped = (len(images.items) if indices is None else len(indices)) - len(unseen)
     chosen = unseen_indices(bundle, images, max_images, among=unseen.tolist())
-    with open_session(bundle, manifest.backend, threads) as session:
+    with open_session(bundle, runtime, threads) as session:
         parity = _parity_check(bundle, session)
         answers = _answer(session, manifest, images, chosen, reference=reference, progress=progress or Silent())
     accuracy = float(answers.answered.mean())

@@ -1,5 +1,6 @@
 """Room: a model and precisions become modules that backends can take."""
 
+from edgeflex.transforms.explicit import ExplicitLayer, prepare_explicit, prepare_explicit_segment
 from edgeflex.transforms.prepare import (
     PreparedModel,
     Ranges,
@@ -16,12 +17,15 @@ from edgeflex.transforms.quantize import (
 )
 
 __all__ = [
+    "ExplicitLayer",
     "PreparedModel",
     "QuantizedWeight",
     "Ranges",
     "activation_grid",
     "outputs",
     "prepare",
+    "prepare_explicit",
+    "prepare_explicit_segment",
     "prepare_segment",
     "quantize_weight",
     "quantized_layer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ _SAME_GRID_MODULES = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout)
 _POOL_MODULES = (nn.AdaptiveAvgPool2d,)
 _POOLS = {functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.mean}
 _RELUS = {functional.relu, torch.relu}
+# What XNNPACK runs with activations that are rounded row by row.
+_DYNAMIC = {Precision.INT8_DYNAMIC, Precision.INT4_CHANNEL, Precision.INT4_GROUP32}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class StaticLayer(nn.Module):
         return functional.conv2d(x, weight, self.bias, *self.geometry)
 
 
-class _WithProbabilities(nn.Module):
+class WithProbabilities(nn.Module):
     """A segment that ends in probabilities, so that the host compares one number with a threshold."""
 
     def __init__(self, body: nn.Module, *, last: bool) -> None:
@@ -197,8 +199,28 @@ def _share_grid(carried: dict[fx.Node, fx.Node], join: fx.Node, inputs: list[fx.
             carried[node] = join
 
 
-class _StaticRewrite:
-    """Puts quantise and dequantise nodes around the int8 part of one segment."""
+def range_of(ranges: Ranges, segment: int, node: str) -> tuple[float, float]:
+    """Return the range that was recorded for a node.
+
+    Raises:
+        InputError: None was.
+    """
+    key = f"{segment}:{node}"
+    if key not in ranges:
+        raise InputError(
+            f"no activation range was recorded for {key!r}. Calibrate this very model: edgeflex calibrate."
+        )
+    return ranges[key]
+
+
+class StaticRewrite:
+    """Puts quantise and dequantise nodes around the int8 part of one segment.
+
+    What a node is quantised by, and on which grid, is the backend's: here XNNPACK's, asymmetric.
+    """
+
+    quantize: Callable[..., Any] = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    dequantize: Callable[..., Any] = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
     def __init__(self, module: fx.GraphModule, segment: int, static: set[str], ranges: Ranges) -> None:
         self.module = module
@@ -226,28 +248,25 @@ class _StaticRewrite:
         self.graph.lint()
         self.module.recompile()
 
-    def _grid(self, node: fx.Node) -> tuple[float, int]:
+    def grid(self, low: float, high: float) -> tuple[Any, ...]:
+        """Return the arguments of ``quantize`` and ``dequantize`` that cover ``low`` to ``high``."""
+        scale, zero_point = activation_grid(low, high)
+        return scale, zero_point, -128, 127, torch.int8
+
+    def _grid_of(self, node: fx.Node) -> tuple[Any, ...]:
         """Return the grid of a node: it covers everything that lives on it."""
-        found = []
-        for member in dict.fromkeys((node, *self.sharing.get(node, ()))):
-            key = f"{self.segment}:{member.name}"
-            if key not in self.ranges:
-                raise InputError(
-                    f"no activation range was recorded for {key!r}. Calibrate this very model: edgeflex calibrate."
-                )
-            found.append(self.ranges[key])
-        return activation_grid(min(low for low, _ in found), max(high for _, high in found))
+        members = dict.fromkeys((node, *self.sharing.get(node, ())))
+        found = [range_of(self.ranges, self.segment, member.name) for member in members]
+        return self.grid(min(low for low, _ in found), max(high for _, high in found))
 
     def _round(self, node: fx.Node, grid_of: fx.Node, readers: list[fx.Node]) -> None:
-        scale, zero_point = self._grid(grid_of)
-        ops = torch.ops.quantized_decomposed
-        grid = (scale, zero_point, -128, 127, torch.int8)
+        grid = self._grid_of(grid_of)
         with self.graph.inserting_after(node):
-            rounded = self.graph.call_function(ops.quantize_per_tensor.default, (node, *grid))
+            rounded = self.graph.call_function(self.quantize, (node, *grid))
         for reader in readers:
             # one dequantise a reader: the backend fuses each with its own operation
             with self.graph.inserting_before(reader):
-                restored = self.graph.call_function(ops.dequantize_per_tensor.default, (rounded, *grid))
+                restored = self.graph.call_function(self.dequantize, (rounded, *grid))
             reader.replace_input_with(node, restored)
 
 
@@ -293,7 +312,7 @@ def prepare_segment(
         layer = modules[name]
         if precision is Precision.INT8_STATIC and isinstance(layer, nn.Conv2d | nn.Linear):
             static.add(name)
-        elif isinstance(layer, nn.Linear) and precision is not Precision.FP16:
+        elif isinstance(layer, nn.Linear) and precision in _DYNAMIC:
             prepared.set_submodule(name, _dynamic_linear(layer, precision))
         else:
             raise UnsupportedError(
@@ -301,7 +320,7 @@ def prepare_segment(
                 "Plan again with the capabilities of this backend."
             )
     if static:
-        _StaticRewrite(prepared, index, static, ranges).apply()
+        StaticRewrite(prepared, index, static, ranges).apply()
     for name in static:
         layer = modules[name]
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -339,14 +358,28 @@ def prepare(model: DynamicModel, precisions: Mapping[str, Precision], ranges: Ra
         InputError: ``precisions`` names a layer that the model lacks, or a range is missing.
         UnsupportedError: A precision does not exist for the kind of its layer.
     """
-    known = {layer.name for layer in model.graph.layers}
-    if unknown := sorted(set(precisions) - known):
-        raise InputError(f"the model has no layer {', '.join(unknown[:5])}. Plan again for this model.")
-    last = len(model.segments) - 1
+    require_known(model, precisions)
     bodies = [prepare_segment(segment, index, precisions, ranges) for index, segment in enumerate(model.segments)]
     for earlier, later in pairwise(bodies):
         _hand_over(earlier, later)
-    segments = tuple(_WithProbabilities(body, last=index == last).eval() for index, body in enumerate(bodies))
+    return finish(model, bodies, precisions)
+
+
+def require_known(model: DynamicModel, precisions: Mapping[str, Precision]) -> None:
+    """Refuse names of layers that the model lacks.
+
+    Raises:
+        InputError: There are such names.
+    """
+    known = {layer.name for layer in model.graph.layers}
+    if unknown := sorted(set(precisions) - known):
+        raise InputError(f"the model has no layer {', '.join(unknown[:5])}. Plan again for this model.")
+
+
+def finish(model: DynamicModel, bodies: Sequence[fx.GraphModule], precisions: Mapping[str, Precision]) -> PreparedModel:
+    """Return segments that end in logits as a prepared model, whose segments end in probabilities."""
+    last = len(bodies) - 1
+    segments = tuple(WithProbabilities(body, last=index == last).eval() for index, body in enumerate(bodies))
     chosen = {layer.name: precisions.get(layer.name, Precision.FP32) for layer in model.graph.layers}
     return PreparedModel(segments, chosen, _examples(segments, model.graph.input_shape))
 

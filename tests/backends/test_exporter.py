@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from edgeflex.errors import UnsupportedError
 from edgeflex.exporters.executorch import (
+    EXECUTORCH,
     call_programs,
     compare_precisions,
     kernel_program,
     lower,
-    padded,
     program_from_prepared,
     segment_programs,
     stored_layers,
@@ -217,18 +217,21 @@ def test_eight_bits_take_about_a_quarter_of_the_file():
 def test_a_program_filled_up_to_its_promise_still_runs(tmp_path: Path):
     model, prepared, program = exported("residual mixed")
     size = len(program) + 12_345
-    filled = padded(program, size)
+    there = EXECUTORCH.write(prepared, model.graph, tmp_path)
+    assert (tmp_path / "program.pte").read_bytes() == program
+    EXECUTORCH.pad(there, tmp_path, size)
+    filled = (tmp_path / "program.pte").read_bytes()
     assert len(filled) == size
     x = images(3)
     first = run(written(tmp_path, program), model, prepared, x)
     assert np.array_equal(run(written(tmp_path, filled), model, prepared, x), first)
-    assert compare_precisions(filled, model.graph, MIXED) == prepared.precisions
-    assert padded(program, len(program)) == program
+    assert compare_precisions(filled, model.graph, MIXED) == prepared.precisions == there.precisions
 
 
-def test_a_program_larger_than_its_promise_is_refused_with_both_sizes():
+def test_a_program_larger_than_its_promise_is_refused_with_both_sizes(tmp_path: Path):
+    there = Written({"program": "program.pte"}, (), {}, size_bytes=5)
     with pytest.raises(UnsupportedError, match="needs 5 bytes, the plan promised 4"):
-        padded(b"12345", 4)
+        EXECUTORCH.pad(there, tmp_path, 4)
 
 
 # --- what cannot be lowered ------------------------------------------------------------------------------

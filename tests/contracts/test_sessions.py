@@ -1,4 +1,4 @@
-"""What every session keeps. A backend that passes is a backend: add a row to ``SESSIONS``."""
+"""What every session keeps. A backend that passes is a backend; every row of the registry's runtimes is asked."""
 
 from __future__ import annotations
 
@@ -9,25 +9,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeflex.errors import DeviceError, InputError
+from edgeflex.errors import DeviceError, InputError, MissingDependencyError
+from edgeflex.registry import RUNTIMES, get
 from edgeflex.runtimes import exits_for, open_session
 from edgeflex.runtimes.reference import ReferenceSession
 from edgeflex.runtimes.segments import all_exits
+from edgeflex.runtimes.tensorrt import TensorrtSession
+from edgeflex.runtimes.tensorrt_build import build
 from tests.toy_bundle import SHAPES, reference_probabilities, toy_inputs, toy_segments, write_toy_bundle
+from tests.toy_engines import install, write_engine_bundle
 
 if TYPE_CHECKING:
+    from edgeflex.registry import Row
     from edgeflex.runtimes import Session
 
-SESSIONS = ("executorch", "reference")
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=SESSIONS)
+@pytest.fixture(scope="module", params=RUNTIMES.rows, ids=lambda row: row.name)
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    if request.param == "reference":
-        return lambda: ReferenceSession(toy_segments())
-    bundle = write_toy_bundle(tmp_path_factory.mktemp("contract") / "bundle")
-    return lambda: open_session(bundle, request.param)
+    row: Row = request.param
+    if row.name == "reference":
+        yield lambda: ReferenceSession(toy_segments())
+        return
+    folder = tmp_path_factory.mktemp("contract") / "bundle"
+    if row.name == "tensorrt":  # on the fake, whose engines compute the toy; tests/gpu has the real thing
+        with pytest.MonkeyPatch.context() as patch:
+            trt, bundle = install(patch), write_engine_bundle(folder)
+            build(bundle, library=trt.cuda)
+            yield lambda: TensorrtSession(bundle, library=trt.cuda)
+        return
+    try:
+        get(RUNTIMES, row.name)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    bundle = write_toy_bundle(folder, backend=row.capabilities.backend)
+    yield lambda: open_session(bundle, row.name)
 
 
 def test_every_segment_says_what_the_reference_says(make) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeflex.budget import parse_budget
+from edgeflex.budget import parse_budget, parse_decoder_budget
 from edgeflex.errors import InputError
 from edgeflex.schema import LatencyLimit, Tier
 
@@ -53,3 +53,12 @@ def test_all_faults_stand_in_one_error_each_with_its_option():
 def test_what_cannot_be_minimised_is_refused(minimize: str):
     with pytest.raises(InputError, match="--minimize"):
         parse_budget(minimize=minimize)
+
+
+def test_a_decoders_limit_on_perplexity_is_a_share_and_leaves_latency_to_be_minimised():
+    found = parse_decoder_budget(memory="2GiB", max_perplexity="2%")
+    assert (found.max_perplexity_rise, found.max_kl, found.minimize) == (0.02, None, "latency")
+    assert found.kl_limit == pytest.approx(0.019803, abs=1e-6)
+    assert parse_decoder_budget(latency=("60ms/token",), max_perplexity="2%").minimize == "memory"
+    with pytest.raises(InputError, match="--max-perplexity"):
+        parse_decoder_budget(max_perplexity="much")

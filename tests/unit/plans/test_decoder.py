@@ -434,6 +434,17 @@ def test_experts_that_the_trace_never_used_still_count():
     assert check_decoder_plan(plan, ground).cycle_bytes == plan.cycle_bytes
 
 
+def test_a_limit_on_perplexity_plans_as_the_divergence_that_it_allows():
+    graph = graph_of()
+    free = plan_of(graph, budget_of()).predicted.kl
+    allowed = 0.5 * free
+    by_kl = plan_of(graph, budget_of(max_kl=allowed))
+    by_rise = plan_of(graph, budget_of(max_perplexity_rise=math.expm1(allowed)))
+    both = plan_of(graph, budget_of(max_kl=allowed, max_perplexity_rise=10.0))
+    assert by_kl.predicted.kl <= allowed < free
+    assert by_rise.choices == by_kl.choices == both.choices
+
+
 def test_more_threads_are_used_when_measured_faster():
     assert plan_of(graph_of(), budget_of(), threads=(1, 2)).threads == 2
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WANTED = {
     "jetson-orin-nano-8gb",
+    "jetson-orin-nano-8gb-super",
     "jetson-orin-nx-16gb",
     "jetson-agx-orin-64gb",
     "jetson-thor",
@@ -23,7 +24,9 @@ WANTED = {
     "snapdragon-8-elite",
     "dimensity-9400",
     "raspberry-pi-5",
+    "rtx-4090",
 }
+CARDS = {"rtx-4090"}  # a GPU alone, without the computer around it
 
 
 def figures(node: object) -> Iterator[Figure]:
@@ -52,10 +55,11 @@ def test_a_shipped_profile_names_a_source_for_every_figure(name):
     profile = profiles.load(name)
     assert profile.name == name
     assert profile.origin == "datasheet"
-    assert profile.unified_memory is True
-    assert profile.cpu_model
-    assert profile.cores
-    assert "neon" in profile.isa
+    assert profile.unified_memory is (name not in CARDS)
+    if name not in CARDS:
+        assert profile.cpu_model
+        assert profile.cores
+        assert "neon" in profile.isa
     found = list(figures(json.loads(profile.canonical_json())))
     assert found
     assert all(figure.origin == "datasheet" and figure.spread is None for figure in found)
@@ -74,6 +78,7 @@ def test_a_shipped_profile_claims_no_kernel_time_and_says_so(name):
     ("name", "bits", "transfers_per_s"),
     [
         ("jetson-orin-nano-8gb", 128, 4266e6),
+        ("jetson-orin-nano-8gb-super", 128, 6398e6),
         ("jetson-orin-nx-16gb", 128, 6400e6),
         ("jetson-agx-orin-64gb", 256, 6400e6),
         ("jetson-thor", 256, 8533e6),
@@ -84,6 +89,38 @@ def test_a_shipped_profile_claims_no_kernel_time_and_says_so(name):
 )
 def test_bandwidth_is_bus_width_times_transfer_rate(name, bits, transfers_per_s):
     assert host_bandwidth(name) == pytest.approx(bits / 8 * transfers_per_s, rel=0.005)
+
+
+def gpu_rate(name: str, precision: str, *, sparse: bool = False) -> float | None:
+    rates = [rate for rate in profiles.load(name).compute if rate.engine == "gpu" and rate.sparse is sparse]
+    return next((rate.ops_per_s.value for rate in rates if rate.precision == precision), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "clock_hz", "tensor_cores"),
+    [
+        ("jetson-orin-nano-8gb", 1024, 625e6, 32),
+        ("jetson-orin-nano-8gb-super", 1024, 1.02e9, 32),
+        ("jetson-orin-nx-16gb", 1024, 918e6, 32),
+        ("jetson-agx-orin-64gb", 2048, 1.3e9, 64),
+    ],
+)
+def test_rates_of_ampere_boards_are_cores_times_clock(name, cores, clock_hz, tensor_cores):
+    """2 operations a CUDA core, 1,024 dense INT8 operations a tensor core each cycle; FP16 is half of INT8."""
+    assert gpu_rate(name, "fp32") == pytest.approx(2 * cores * clock_hz, rel=0.01)
+    dense = gpu_rate(name, "int8")
+    assert dense is not None
+    assert dense == pytest.approx(1024 * tensor_cores * clock_hz, rel=0.03)
+    assert gpu_rate(name, "int8", sparse=True) == pytest.approx(2 * dense)
+    assert gpu_rate(name, "fp16") == pytest.approx(dense / 2)
+    assert gpu_rate(name, "fp8") is None
+
+
+def test_a_derived_rate_says_from_what():
+    for name in profiles.names():
+        for rate in profiles.load(name).compute:
+            if rate.engine == "gpu" and rate.precision in {"fp16", "fp32"} and name.startswith("jetson-orin"):
+                assert rate.ops_per_s.source.startswith("derived: "), (name, rate.precision)
 
 
 def test_a_bandwidth_that_no_source_gives_is_absent_and_asking_for_it_says_so():

@@ -1,0 +1,188 @@
+"""Which engine computes a decoder's bundle, and which store its experts come from: the bundle's backend says.
+
+``executorch``: native code over ExecuTorch's kernels, weights packed once for this processor. ``onnx``: ONNX
+Runtime over the bundle's stages, weights as they lie in the bundle.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from edgeflex.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflex.progress import Progress
+    from edgeflex.runtimes.native import Chosen, Missing, Times
+    from edgeflex.runtimes.packed import PackedStore
+    from edgeflex.schema import Precision
+    from edgeflex.schema_moe import DecoderManifest
+
+
+class DecoderEngine(Protocol):
+    """What computes a decoder, layer by layer, and stops where an expert is missing.
+
+    Not for several threads at once, except that the arena may be written meanwhile. What it computes depends
+    neither on which experts are bound nor on when. ``runtimes.native.Engine`` documents each method's errors.
+    """
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes allocated for keys, values and activations; neither the arena nor weights."""
+
+    def arena(self, capacity_bytes: int) -> NDArray[np.uint8]:
+        """Return page-aligned memory for experts; an earlier arena is given up, its experts unbound."""
+
+    def bind(self, layer: int, expert: int, precision: Precision, offset: int) -> None:
+        """Say that an expert's bytes, as its store gives them, lie at ``offset`` of the arena."""
+
+    def unbind(self, layer: int, expert: int) -> None:
+        """Forget where an expert lies."""
+
+    def forward(self, tokens: NDArray[np.int32], position: int, *, every_logit: bool = False) -> Missing | None:
+        """Run tokens at ``position``, until done (None) or an expert is missing; a waiting pass is given up."""
+
+    def compute(self, experts: Sequence[int]) -> None:
+        """Compute these experts of the waiting event now; they may be unbound afterwards."""
+
+    def resume(self) -> Missing | None:
+        """Compute the waiting event's bound experts and go on; the same event again if some are still missing."""
+
+    def take_events(self) -> list[Chosen]:
+        """Return what was routed since the last call, in order; a waiting event stands last, once."""
+
+    def guess(self, layer: int) -> tuple[int, ...]:
+        """Return the experts that ``layer`` would choose for the tokens as they are now, ascending."""
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return a copy of the logits ``[vocabulary]`` of the last token, or of all if all were asked for."""
+
+    def times(self) -> Times:
+        """Return the seconds of computing since the last call."""
+
+    def close(self) -> None:
+        """Give the memory back; a second call does nothing."""
+
+
+class Opened(NamedTuple):
+    """An engine without weights.
+
+    Attributes:
+        engine: Computes.
+        store: Where its experts are read from.
+        load: Gives the engine all weights that stay in memory, and returns memory that must outlive the engine.
+    """
+
+    engine: DecoderEngine
+    store: PackedStore
+    load: Callable[[], NDArray[np.uint8]]
+
+
+class _Open(Protocol):
+    def __call__(
+        self,
+        folder: Path,
+        manifest: DecoderManifest,
+        *,
+        context_tokens: int,
+        chunk_tokens: int,
+        threads: int,
+        progress: Progress,
+    ) -> Opened: ...
+
+
+def require_engine(folder: Path, manifest: DecoderManifest) -> None:
+    """Refuse a bundle for whose backend there is no engine.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    if manifest.backend not in _OPENERS:
+        raise UnsupportedError(
+            f"{folder}: exported for {manifest.backend!r}; decoders run here from bundles for "
+            f"{' and '.join(map(repr, _OPENERS))}. Export it again with `edgeflex export --target onnx`."
+        )
+
+
+def open_engine(
+    folder: Path,
+    manifest: DecoderManifest,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    threads: int,
+    progress: Progress,
+) -> Opened:
+    """Return the engine and the store of a bundle.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        context_tokens: Positions that the key/value cache holds.
+        chunk_tokens: Most tokens of one forward pass.
+        threads: Threads that compute.
+        progress: Told about packing, where weights are packed.
+
+    Raises:
+        UnsupportedError: No engine runs this backend.
+        MissingDependencyError: The backend's package is absent.
+        BundleError: A file is missing or damaged.
+        DeviceError: No memory, or the disk is full.
+    """
+    require_engine(folder, manifest)
+    return _OPENERS[manifest.backend](
+        folder,
+        manifest,
+        context_tokens=context_tokens,
+        chunk_tokens=chunk_tokens,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def _native(
+    folder: Path,
+    manifest: DecoderManifest,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    threads: int,
+    progress: Progress,
+) -> Opened:
+    from edgeflex.runtimes.dense import load_dense
+    from edgeflex.runtimes.native import Engine, kernel_id
+    from edgeflex.runtimes.packed import open_packed
+
+    engine = Engine(manifest.graph, context_tokens=context_tokens, chunk_tokens=chunk_tokens, threads=threads)
+    try:
+        store = open_packed(folder, manifest, engine, kernel_id(), progress)
+    except BaseException:
+        engine.close()
+        raise
+    return Opened(engine, store, lambda: load_dense(engine, store))
+
+
+def _onnx(
+    folder: Path,
+    manifest: DecoderManifest,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    threads: int,
+    progress: Progress,
+) -> Opened:
+    from edgeflex.runtimes.onnx_decoder import OnnxEngine
+    from edgeflex.runtimes.raw_store import open_raw
+
+    del progress  # nothing is packed
+    engine = OnnxEngine(folder, manifest, context_tokens=context_tokens, chunk_tokens=chunk_tokens, threads=threads)
+    store = open_raw(folder, manifest)
+    return Opened(engine, store, lambda: engine.load(store))
+
+
+_OPENERS: dict[str, _Open] = {"executorch": _native, "onnx": _onnx}

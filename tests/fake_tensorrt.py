@@ -1,0 +1,444 @@
+"""A stand-in for TensorRT's Python module that knows the names of one version and no others.
+
+``FakeTensorrt("11.0", cuda)`` is the module. A name that the version lacks raises AttributeError, as does setting one,
+and what is used is written down in ``calls`` and ``touched``. "ONNX" files are JSON with the tensors of the graph,
+or real ones. ``functions`` give what the engine of a graph computes; ``fail`` names what goes wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import IntEnum
+from hashlib import sha256
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from tests.fake_cuda import FakeCuda
+
+_NAMES = json.loads((Path(__file__).parent / "data" / "tensorrt_names.json").read_text(encoding="utf-8"))
+VERSIONS: tuple[str, ...] = tuple(_NAMES["versions"])
+_MAGIC = b"ENGINE"
+NO_DRIVER = "CUDA initialization failure with error: 35. Please check your CUDA installation"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def names_of(kind: str, version: str) -> set[str]:
+    """Return the names that a class has in a version."""
+    found = set()
+    for name, (first, end) in ((name, (*span, "", "")[:2]) for name, span in _NAMES["classes"][kind].items()):
+        if (not first or _numbers(first) <= _numbers(version)) and (not end or _numbers(version) < _numbers(end)):
+            found.add(name)
+    return found
+
+
+def members_of(kind: str, version: str) -> dict[str, int]:
+    """Return the members of an enumeration in a version, with their numbers there."""
+    members = {}
+    for name, numbers in _NAMES["enums"][kind].items():
+        valid = [(_numbers(since), number) for since, number in numbers.items() if _numbers(since) <= _numbers(version)]
+        if max(valid)[1] is not None:
+            members[name] = max(valid)[1]
+    return members
+
+
+class Known:
+    """An object of a class of TensorRT; names that begin with an underscore are the fake's own."""
+
+    _kind = ""
+
+    def __init__(self, trt: FakeTensorrt) -> None:
+        self._trt = trt
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            object.__getattribute__(self, "_known")(name)
+        return object.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            self._known(name)
+            self._trt.calls.append((f"{self._kind}.{name}", value))
+        object.__setattr__(self, name, value)
+
+    def _known(self, name: str) -> None:
+        self._trt.touched.add((self._kind, name))
+        if name not in names_of(self._kind, self._trt.__version__):
+            raise AttributeError(f"TensorRT {self._trt.__version__}: {self._kind} has no {name!r}")
+
+    def _called(self, name: str, *arguments: object) -> None:
+        self._trt.calls.append((f"{self._kind}.{name}", arguments))
+
+    def _fails(self, what: str) -> bool:
+        return what in self._trt.fail
+
+
+class _Memory:
+    """IHostMemory: what memoryview() takes."""
+
+    def __new__(cls, data: bytes) -> Any:
+        return np.frombuffer(data, dtype=np.int8)
+
+
+class _TimingCache(Known):
+    _kind = "ITimingCache"
+
+    def __init__(self, trt: FakeTensorrt, data: bytes) -> None:
+        super().__init__(trt)
+        self._data = data
+
+    def serialize(self) -> Any:
+        return None if self._fails("cache serialize") else _Memory(self._data)
+
+
+class _Profile(Known):
+    _kind = "IOptimizationProfile"
+
+    def set_shape(self, name: str, least: Any, best: Any, most: Any) -> None:
+        self._called("set_shape", name, tuple(least), tuple(best), tuple(most))
+        if self._fails("shape"):
+            raise RuntimeError("Shape provided for min is inconsistent with other shapes.")
+
+
+class _Config(Known):
+    _kind = "IBuilderConfig"
+    builder_optimization_level = 3
+    progress_monitor: Any = None
+
+    def __init__(self, trt: FakeTensorrt) -> None:
+        super().__init__(trt)
+        self._flags = {"TF32"}
+        self._cache: _TimingCache | None = None
+        self._profiles = 0
+
+    def set_memory_pool_limit(self, pool: IntEnum, size: int) -> None:
+        self._called("set_memory_pool_limit", pool.name, size)
+
+    def set_flag(self, flag: IntEnum) -> None:
+        self._called("set_flag", flag.name)
+        self._flags.add(flag.name)
+
+    def clear_flag(self, flag: IntEnum) -> None:
+        self._called("clear_flag", flag.name)
+        self._flags.discard(flag.name)
+
+    def add_optimization_profile(self, profile: _Profile) -> int:
+        self._profiles += 1
+        self._called("add_optimization_profile", profile._kind)
+        return -1 if self._fails("profile") else self._profiles - 1
+
+    def create_timing_cache(self, data: bytes) -> _TimingCache | None:
+        self._called("create_timing_cache", bytes(data))
+        return None if data.startswith(b"damaged") else _TimingCache(self._trt, bytes(data))
+
+    def set_timing_cache(self, cache: _TimingCache, ignore_mismatch: bool) -> bool:
+        self._called("set_timing_cache", ignore_mismatch)
+        foreign = cache._data.startswith(b"foreign") and not ignore_mismatch
+        self._cache = None if foreign else cache
+        return not foreign
+
+    def get_timing_cache(self) -> _TimingCache | None:
+        return self._cache
+
+
+class _Network(Known):
+    _kind = "INetworkDefinition"
+
+    def __init__(self, trt: FakeTensorrt, flags: int) -> None:
+        super().__init__(trt)
+        self._typed = bool(flags & 1 << members_of("NetworkDefinitionCreationFlag", trt.__version__)["STRONGLY_TYPED"])
+        self._onnx: Path | None = None
+
+
+class _Fault(Known):
+    _kind = "ParserError"
+
+    def __init__(self, trt: FakeTensorrt, node: str, operator: str, text: str) -> None:
+        super().__init__(trt)
+        self._parts = (node, operator, text)
+
+    def node_name(self) -> str:
+        return self._parts[0]
+
+    def node_operator(self) -> str:
+        return self._parts[1]
+
+    def desc(self) -> str:
+        return self._parts[2]
+
+
+class _Parser(Known):
+    _kind = "OnnxParser"
+
+    def __init__(self, trt: FakeTensorrt, network: _Network, logger: Any) -> None:
+        super().__init__(trt)
+        self._network = network
+        self._faults: list[_Fault] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._faults)
+
+    def get_error(self, index: int) -> _Fault:
+        return self._faults[index]
+
+    def parse_from_file(self, path: str) -> bool:
+        assert type(path) is str, "the binding takes a str"
+        self._called("parse_from_file", Path(path).name)
+        if self._fails("parse"):
+            for node, operator, text in self._trt.faults:
+                self._faults.append(_Fault(self._trt, node, operator, text))
+            return False
+        self._network._onnx = Path(path)
+        return True
+
+
+class _Builder(Known):
+    _kind = "Builder"
+
+    def __init__(self, trt: FakeTensorrt, logger: Any) -> None:
+        super().__init__(trt)
+        self._logger = logger
+
+    def create_network(self, flags: int = 0) -> _Network | None:
+        self._called("create_network", flags)
+        return None if self._fails("network") else _Network(self._trt, flags)
+
+    def create_builder_config(self) -> _Config | None:
+        return None if self._fails("config") else _Config(self._trt)
+
+    def create_optimization_profile(self) -> _Profile:
+        return _Profile(self._trt)
+
+    def build_serialized_network(self, network: _Network, config: _Config) -> Any:
+        assert network._onnx is not None, "nothing was parsed"
+        self._called("build_serialized_network", network._onnx.name, network._typed, sorted(config._flags))
+        if not self._monitored(config) or self._fails("plan") or self._fails(f"plan {network._onnx.stem}"):
+            self._logger.log(self._trt._severity.WARNING, "a warning beside it")
+            self._logger.log(self._trt._severity.ERROR, "[builder] out of memory\n  while choosing kernels")
+            return None
+        if config._cache is not None:
+            config._cache._data += network._onnx.stem.encode()
+        return _Memory(self._trt.plan(network._onnx))
+
+    def _monitored(self, config: _Config) -> bool:
+        """Tell the monitor of two nested phases, as TensorRT does; False where it cancels."""
+        monitor = config.progress_monitor
+        if monitor is None:
+            return True
+        monitor.phase_start("Building Engine", None, 4)
+        for step in range(4):
+            monitor.phase_start("Selecting", "Building Engine", 2)
+            heard = [monitor.step_complete("Selecting", inner) for inner in range(2)]
+            monitor.phase_finish("Selecting")
+            if not all(heard) or not monitor.step_complete("Building Engine", step):
+                return False
+        monitor.phase_finish("Building Engine")
+        return True
+
+
+class _Context(Known):
+    _kind = "IExecutionContext"
+
+    def __init__(self, engine: _Engine) -> None:
+        super().__init__(engine._trt)
+        self._engine = engine
+        self._places: dict[str, int] = {}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._called("set_tensor_address", name, address)
+        self._places[name] = address
+        return not self._fails("address")
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._called("execute_async_v3", self._engine._stem)
+        cuda, engine = self._trt.cuda, self._engine
+        if self._fails("enqueue"):
+            engine._runtime._logger.log(self._trt._severity.ERROR, "enqueue: no kernel image")
+            return False
+        if self._fails("capture") and stream in cuda.captures:
+            cuda.invalid.add(stream)
+            return True
+        assert set(self._places) == set(engine._tensors), "a tensor has no address"
+        x = cuda.array(self._places["x"], engine._shape("x"))
+        outputs = {
+            name: cuda.array(address, engine._shape(name)) for name, address in self._places.items() if name != "x"
+        }
+
+        def work() -> None:
+            for name, value in self._trt.functions[engine._stem](x.copy()).items():
+                outputs[name][...] = value
+
+        if not (self._fails("half a graph") and stream in cuda.captures):
+            cuda.submit(stream, work)
+        return True
+
+
+class _Engine(Known):
+    _kind = "ICudaEngine"
+    streamable_weights_size = 0
+    device_memory_size_v2 = 1000
+    weight_streaming_budget_v2 = 0
+
+    def __init__(self, runtime: _Runtime, document: dict[str, Any]) -> None:
+        super().__init__(runtime._trt)
+        self._runtime, self._stem, self._tensors = runtime, document["stem"], document["tensors"]
+        object.__setattr__(self, "streamable_weights_size", self._trt.weights)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name]["shape"])
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._tensors)
+
+    def get_tensor_name(self, index: int) -> Any:
+        return list(self._tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self._trt._enums["TensorIOMode"]["INPUT" if self._tensors[name]["input"] else "OUTPUT"]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self._trt._enums["DataType"][self._tensors[name].get("dtype", "FLOAT")]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape(name)
+
+    def create_execution_context(self) -> _Context | None:
+        self._called("create_execution_context", self._stem)
+        if self._fails("context"):
+            self._runtime._logger.log(self._trt._severity.ERROR, "Requested size was 12 bytes: out of memory")
+            return None
+        return _Context(self)
+
+
+class _Runtime(Known):
+    _kind = "Runtime"
+
+    def __init__(self, trt: FakeTensorrt, logger: Any) -> None:
+        super().__init__(trt)
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, data: bytes) -> _Engine | None:
+        assert not self._fails("driver"), "a real TensorRT would have ended the process here"
+        self._called("deserialize_cuda_engine", len(data))
+        if self._fails("deserialize") or not data.startswith(_MAGIC):
+            self._logger.log(self._trt._severity.ERROR, "The engine plan file is generated on an incompatible device")
+            return None
+        return _Engine(self, json.loads(data[len(_MAGIC) :]))
+
+
+class FakeTensorrt:
+    """The module of one version."""
+
+    def __init__(
+        self,
+        version: str,
+        cuda: FakeCuda,
+        *,
+        functions: Mapping[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]] | None = None,
+        fail: Collection[str] = (),
+        faults: tuple[tuple[str, str, str], ...] = (
+            ("conv", "Conv", "scale must be > 0"),
+            ("", "", "no such operator"),
+        ),
+        weights: int = 0,
+    ) -> None:
+        self.__version__ = f"{version}.0"
+        self.__spec__ = ModuleSpec("tensorrt", None)  # other packages ask whether there is a TensorRT
+        self.cuda, self.functions, self.fail, self.faults = cuda, dict(functions or {}), set(fail), faults
+        self.weights = weights
+        self.calls: list[tuple[str, Any]] = []
+        self.touched: set[tuple[str, str]] = set()
+        self._enums: dict[str, Any] = {kind: IntEnum(kind, members_of(kind, version)) for kind in _NAMES["enums"]}
+        self._severity = self._enums["Severity"]
+
+    def __getattr__(self, name: str) -> Any:
+        """Every public name that is not one of the fake's own."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self.touched.add(("module", name))
+        if name not in names_of("module", self.__version__):
+            raise AttributeError(f"TensorRT {self.__version__} has no {name!r}")
+        if name in self._enums:
+            return self._enums[name]
+        return getattr(self, f"_{name.lower()}")
+
+    def plan(self, onnx: Path) -> bytes:
+        """Return the engine of a graph."""
+        data = onnx.read_bytes()
+        tensors = json.loads(data)["tensors"] if data.startswith(b"{") else _tensors(onnx)
+        return _MAGIC + json.dumps({"stem": onnx.stem, "tensors": tensors}).encode()
+
+    def named(self, name: str) -> list[Any]:
+        """Return the arguments of every call of a name, in order."""
+        return [arguments for called, arguments in self.calls if called == name]
+
+    @property
+    def _ilogger(self) -> Any:
+        severity = self._severity
+
+        class ILogger:
+            Severity = severity
+            INTERNAL_ERROR, ERROR, WARNING = severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING
+            INFO, VERBOSE = severity.INFO, severity.VERBOSE
+
+            def __init__(self) -> None:
+                self._made = True
+
+        return ILogger
+
+    @property
+    def _iprogressmonitor(self) -> Any:
+        class IProgressMonitor:
+            def __init__(self) -> None:
+                self._made = True
+
+        return IProgressMonitor
+
+    def _builder(self, logger: Any) -> _Builder:
+        self._begin(logger)
+        if self.fail & {"driver", "builder"}:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return _Builder(self, logger)
+
+    def _runtime(self, logger: Any) -> _Runtime:
+        self._begin(logger)
+        return _Runtime(self, logger)
+
+    def _onnxparser(self, network: _Network, logger: Any) -> _Parser:
+        return _Parser(self, network, logger)
+
+    def _begin(self, logger: Any) -> None:
+        assert logger._made, "the base class was not initialised; the real binding would refuse it"
+        if "driver" in self.fail:
+            logger.log(self._severity.ERROR, NO_DRIVER)
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a real ONNX file, its weights left where they are."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {one.name for one in graph.initializer}
+    values = [(value, True) for value in graph.input if value.name not in constants]
+    values += [(value, False) for value in graph.output]
+    return {
+        value.name: {"shape": [axis.dim_value for axis in value.type.tensor_type.shape.dim], "input": is_input}
+        for value, is_input in values
+    }
+
+
+def write_graph(path: Path, tensors: dict[str, tuple[int, ...]]) -> str:
+    """Write a pretended ONNX file, whose input is ``x``, and return its SHA-256."""
+    document = {"tensors": {name: {"shape": shape, "input": name == "x"} for name, shape in tensors.items()}}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return sha256(path.read_bytes()).hexdigest()
