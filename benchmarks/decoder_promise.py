@@ -7,8 +7,9 @@ divergence or on time. Kept: mean seconds of a decoded token within 15 % and mem
 ways. The text must not be the calibration's. One thread.
 
 A shared machine's speed drifts by more than that. "machine" is how long one matrix of the decoder takes now, over what
-it took at calibration; while it is above 1.12 before or after a measurement, another program shares the core, and the
-measurement is taken again, at most eight times. Nothing about the plan decides that.
+it took at calibration (mean of before and after); times are counted raw and divided by it. While it is above 1.12,
+another program shares the core, and the measurement is taken again, at most eight times. Nothing about the plan
+decides that.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
     free = flow.plan_decoder(arguments.calibration, DecoderBudget(minimize="kl", **sizes)).predicted.memory
     least = free.total_bytes - free.cache_bytes
     slower = yardstick(arguments.calibration)
-    kept = {"time per token": 0, "memory": 0}
+    kept = {"time per token, raw": 0, "time per token, at the calibration's speed": 0, "memory": 0}
     done = 0
     print("    budget  verdict   promised   measured  ratio  memory   hits   seen machine")
     while done < arguments.budgets:
@@ -75,14 +76,16 @@ def main() -> None:
             for attempt in range(_ATTEMPTS):
                 before = slower()
                 result = flow.bench_decoder(bundle, arguments.text, prompts=3, max_tokens=96, repeats=3)
-                speed = max(before, slower())
-                if speed <= _CALM:
+                after = slower()
+                speed = (before + after) / 2
+                if max(before, after) <= _CALM:
                     break
                 time.sleep(2 + attempt)
         checks = {one.name: one for one in result.checks}
         token, memory, hits = checks["time per token"], checks["memory"], checks["hit rate"]
         ratio, share = token.measured / token.promised, memory.measured / memory.promised
-        kept["time per token"] += abs(ratio - 1) <= 0.15
+        kept["time per token, raw"] += abs(ratio - 1) <= 0.15
+        kept["time per token, at the calibration's speed"] += abs(ratio / speed - 1) <= 0.15
         kept["memory"] += abs(share - 1) <= 0.05
         done += 1
         print(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from edgeflex.units import format_bytes, format_share, format_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from edgeflex.profiles.doctor import Doctor
     from edgeflex.progress import Advance
@@ -68,8 +68,13 @@ def tell(text: str) -> None:
     people.flush()
 
 
-def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as wide as the terminal allows; cells fold rather than be cut."""
+def table_text(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Container[str] = ()
+) -> str:
+    """Return a table as wide as the terminal allows; cells fold rather than be cut.
+
+    The first column and those named in ``words`` hold words and stand left, the others numbers.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -83,7 +88,8 @@ def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         pad_edge=False,
     )
     for index, column in enumerate(columns):
-        shown.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
+        left = index == 0 or column in words
+        shown.add_column(Text(column), justify="left" if left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     console = Console()
@@ -131,7 +137,8 @@ def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
 def doctor_text(found: Doctor) -> str:
     """Return what is installed, what is missing and what mends it."""
     rows = [(one.name, one.state, one.version, one.detail) for one in found.findings]
-    lines = [table_text("", ("what", "state", "version", "detail"), rows)]
+    columns = ("what", "state", "version", "detail")
+    lines = [table_text("", columns, rows, words=columns)]
     mends = [one for one in found.findings if one.remedy and one.state != "ok"]
     if mends:
         lines += ["", "To mend:", *(f"  {one.name} (for {one.needed_by}): {one.remedy}" for one in mends)]

@@ -251,6 +251,10 @@ def plan_notes(profile: DeviceProfile, backend: str, precisions: Iterable[Precis
             f"times are the roofline of {profile.name!r} (rates, memory bandwidth, {LAUNCH_S * 1e6:.0f} us a launch), "
             "not measurements; small layers are slower than their share of the peak. Run edgeflex bench on the device"
         )
+        notes.append(
+            "memory is that of weights and activations; what CUDA and TensorRT hold for themselves, some hundreds of "
+            "MiB, is not in it"
+        )
         used = dict.fromkeys(_GPU_ARITHMETIC[one] for one in precisions if one in _GPU_ARITHMETIC)
         notes += [
             f"no source gives the dense {name} rate of this GPU; its {rate[0]} rate stands in, which is not faster"

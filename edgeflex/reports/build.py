@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.bundle import program_bytes
 from edgeflex.errors import InputError
+from edgeflex.registry import runtime_of
 from edgeflex.schema import Check, Report, Tier
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 DROP = "accuracy drop"
 _QUANTILES: dict[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "worst": 1.0}
-_PROCESSOR_BACKENDS = {"executorch"}
+_PROCESSOR_BACKENDS = {"executorch", "onnx"}
 _MEMORY_NAMES = {Tier.HOST: "host memory", Tier.DEVICE: "device memory", Tier.FLASH: "flash"}
 
 
@@ -74,11 +75,13 @@ def build_report(
         InputError: A result was measured on another bundle.
     """
     _require_same_bundle(manifest, bench, verify, stats)
+    # another runtime's times and bytes say nothing about this plan's
+    timed = stats if stats is not None and stats.runtime == runtime_of(manifest.backend) else None
     measured_on = bench or stats
     place = measured_on.device if measured_on is not None else manifest.backend
     verdicts = (
-        *_memory_checks(manifest, bench or stats),
-        *_latency_checks(manifest.plan, bench, stats),
+        *_memory_checks(manifest, bench or timed),
+        *_latency_checks(manifest.plan, bench, timed),
         *_drop_checks(manifest.plan, verify),
         *_disk_checks(manifest),
     )
@@ -145,8 +148,8 @@ def _measured_memory(
         return sum(file.size_bytes for file in manifest.files), "sum of the bundle's files"
     if result is None:
         return None, "not measured: run edgeflex bench"
-    # A processor has one memory, whatever the tier is called; an accelerator's is not the process's.
-    if tier is Tier.DEVICE and manifest.backend not in _PROCESSOR_BACKENDS:
+    # A processor has one memory, whatever the tier is called; what a GPU allocates is not the process's.
+    if manifest.backend not in _PROCESSOR_BACKENDS:
         return None, "not measured: the run saw only the process's own memory"
     return result.peak_memory_bytes, "peak that the model added to the process"
 

@@ -17,7 +17,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeflex.errors import DeviceError, EdgeflexError
+from edgeflex.errors import (
+    BundleError,
+    DeviceError,
+    EdgeflexError,
+    InputError,
+    MissingDependencyError,
+    UnsupportedError,
+)
 from edgeflex.runtimes import fresh
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun
@@ -26,6 +33,10 @@ if TYPE_CHECKING:
     from edgeflex.bundle import Bundle
 
 _TIMEOUT_S = 600.0
+# What the other process says as it is; anything else is a failure of the measurement.
+_SAID: dict[int, type[EdgeflexError]] = {
+    kind.exit_code: kind for kind in (BundleError, InputError, MissingDependencyError, UnsupportedError)
+}
 
 
 class ModelMemory(Noun):
@@ -56,6 +67,8 @@ def measure_memory(bundle: Bundle, threads: int = 1, *, inferences: int = 5) -> 
         done = fresh.ask("edgeflex.runtimes.measure", request, timeout_s=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError(f"the memory measurement did not end: {error}. Try it on an idle machine.") from None
+    if done.returncode in _SAID:
+        raise _SAID[done.returncode](fresh.last_words(done))
     if done.returncode != 0:
         raise DeviceError(
             f"the memory measurement ended with code {done.returncode}: {fresh.last_words(done)}. "

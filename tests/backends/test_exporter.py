@@ -12,6 +12,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from torch import Tensor, nn
 
 from edgeflex.errors import UnsupportedError
+from edgeflex.exporters import Written
 from edgeflex.exporters.executorch import (
     EXECUTORCH,
     call_programs,

@@ -95,7 +95,7 @@ def test_a_manifest_that_names_another_method_or_shape_is_refused(bundle: Bundle
 def test_a_bundle_of_another_backend_is_refused(bundle: Bundle) -> None:
     other = type(bundle)(bundle.path, bundle.manifest.model_copy(update={"backend": "tensorrt"}))
     with pytest.raises(UnsupportedError, match="exported for 'tensorrt'"):
-        open_session(other)
+        open_session(other, "executorch")
     with pytest.raises(UnsupportedError, match="runs torch modules"):
         open_session(bundle, "reference")
 
