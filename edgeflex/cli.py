@@ -589,6 +589,10 @@ def run(
     cache: Annotated[str | None, typer.Option("--cache", help="Decoder: bytes of experts, if not the plan's.")] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="Decoder: of the cache, if not the plan's.")] = None,
     prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Decoder: cuda computes on a GPU, through PyTorch.")
+    ] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="Decoder: most bytes of the GPU's memory.")] = None,
     seed: Seed = 0,
     runtime: Runtime = None,
     threads: PlanThreads = None,
@@ -609,14 +613,14 @@ def run(
         asked = conversation.Asked(
             prompt=prompt, prompt_file=prompt_file, interactive=interactive, max_tokens=max_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, stops=tuple(stop or ()), seed=seed, cache=cache,
-            policy=policy, prefetch=prefetch, threads=threads,
+            policy=policy, prefetch=prefetch, threads=threads, device=device, vram=vram,
         )  # fmt: skip
         _converse(
             conversation.Talk(bundle, asked, progress=_progress(quiet=quiet)), output, quiet=quiet, as_json=as_json
         )
         return
-    if data is None or prompt is not None or prompt_file is not None or interactive:
-        raise _for_exits(bundle, "give --data IMAGES, and no prompt")
+    if data is None or prompt is not None or prompt_file is not None or interactive or device is not None:
+        raise _for_exits(bundle, "give --data IMAGES, and neither a prompt nor --device")
     stats = flow.run(bundle, data, runtime=runtime, threads=threads, limit=limit, progress=_progress(quiet=quiet))
     write_atomic(output, stats.canonical_json())
     if as_json:
@@ -824,8 +828,18 @@ def trace_record(
 def trace_simulate(
     trace: Annotated[Path, typer.Argument(help="A recorded trace: trace.csv of a calibration, or a public one.")],
     *,
-    cache: Annotated[str, typer.Option("--cache", help="Bytes of the cache, for instance 1000MiB,3000MiB.")],
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Bytes of the cache, for instance 1000MiB,3000MiB; with --device of RAM."),
+    ] = None,
     policy: Annotated[str, typer.Option("--policy", help="Comma-separated, for instance lru,enu,belady.")] = "enu,lru",
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="A machine with a GPU that is not at hand: in virtual time.")
+    ] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="With --device: bytes of experts on the GPU.")] = None,
+    ram_rate: Annotated[
+        str | None, typer.Option("--ram-rate", help="With --device: bytes of RAM per second, if not in the profile.")
+    ] = None,
     link: Annotated[
         str | None, typer.Option("--link", help="Bytes per second that misses are read at, e.g. 1GB: predicts time.")
     ] = None,
@@ -842,6 +856,22 @@ def trace_simulate(
     from edgeflex import flow
     from edgeflex.units import parse_size_bytes, parse_time_s
 
+    if device is not None:
+        if vram is None or compute is not None or plot is not None:
+            raise InputError("--device needs --vram, for instance 8GiB, and takes neither --compute nor --plot.")
+        simulated = flow.simulate_device(
+            trace,
+            _device(device),
+            vram_bytes=parse_size_bytes(vram),
+            ram_bytes=None if cache is None else parse_size_bytes(cache),
+            precision=precision,
+            link_bytes_per_s=None if link is None else parse_size_bytes(link),
+            ram_bytes_per_s=None if ram_rate is None else parse_size_bytes(ram_rate),
+        )
+        _result(simulated, _decoder_text("device_simulation_text"), as_json=as_json)
+        return
+    if cache is None or vram is not None:
+        raise InputError("give --cache, for instance 1000MiB,3000MiB; or --device NAME and --vram for a GPU.")
     replays = flow.simulate_trace(
         trace,
         [parse_size_bytes(part) for part in cache.split(",")],

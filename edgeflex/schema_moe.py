@@ -389,7 +389,7 @@ class MatrixRecord(Noun):
 
 
 class StockProgram(Noun):
-    """One program that a stock ExecuTorch loads, with the data files that it needs."""
+    """One program, with the data files that it needs: for a stock ExecuTorch, or a stage for ONNX Runtime."""
 
     role: Literal["embedding", "attention", "expert", "dense", "head"]
     layer: int | None
@@ -488,3 +488,32 @@ class DecoderBench(Document):
     manifest_digest: str
     runs: tuple[DecoderRunStats, ...]
     checks: tuple[Check, ...]
+
+
+class DeviceSimulation(Document):
+    """A trace on a machine with a GPU that is not at hand, in virtual time: nothing here was measured on it.
+
+    Decoded tokens after the calibration's part are judged. ``token_s`` and ``tokens_per_s`` reach from all rates at
+    their upper to all at their lower end; ``bound_token_s`` is what no cache and no scheduler can beat on the middle
+    curves. ``rival_token_s`` are published rules on the same curves. ``waited``: share of the time that each resource
+    (gpu, cpu, link, disk) had nothing to do. Bytes are per token: uploaded for an event, copied ahead, read from flash.
+    """
+
+    kind: Literal["decoder"] = "decoder"
+    device: str
+    trace: str
+    decode_tokens: int
+    precision: Precision
+    vram_bytes: int
+    ram_bytes: int
+    placement: Literal["cache", "static"]
+    token_s: Interval
+    tokens_per_s: Interval
+    bound_token_s: float
+    hit_rate: float
+    upload_bytes: float
+    ahead_bytes: float
+    flash_bytes: float
+    waited: Mapping[str, float]
+    rival_token_s: Mapping[str, float]
+    assumptions: tuple[str, ...]

@@ -68,9 +68,7 @@ def tell(text: str) -> None:
     people.flush()
 
 
-def table_text(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Container[str] = ()
-) -> str:
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Container[str] = ()) -> str:
     """Return a table as wide as the terminal allows; cells fold rather than be cut.
 
     The first column and those named in ``words`` hold words and stand left, the others numbers.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DecoderPlan,
         DecoderRunStats,
         DecoderSizes,
+        DeviceSimulation,
         Simulation,
         UnitLoss,
     )
@@ -42,6 +43,12 @@ _FINDINGS = {
 }
 _T = "T: bytes of the experts that one token uses. A cache smaller than T reads every expert anew."
 _MOST_LOSSES = 8
+
+_PROGRAMS = {
+    "executorch": "programs for a stock ExecuTorch",
+    "onnx": "stages for ONNX Runtime",
+    "tensorrt": "stages for TensorRT",
+}
 
 
 def _prose(*lines: str) -> str:
@@ -329,7 +336,7 @@ def decoder_bundle_text(manifest: DecoderManifest) -> str:
     rows = [
         ("files", f"{len(manifest.files):,}, {format_bytes(size)}"),
         ("matrices", f"{len(manifest.matrices):,}"),
-        ("programs for a stock ExecuTorch", f"{len(manifest.programs):,}"),
+        (_PROGRAMS[manifest.backend], f"{len(manifest.programs):,}"),
         ("KL predicted", f"{manifest.plan.predicted.kl:.4f} nats per token"),
     ]
     for name, value, show in (
@@ -430,6 +437,27 @@ def decoder_report_text(report: DecoderReportDocument) -> str:
     return _blocks(
         _prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
     )
+
+
+def device_simulation_text(found: DeviceSimulation) -> str:
+    """Return what a machine that is not at hand would make of a trace, with what was assumed."""
+    rate, token = found.tokens_per_s, found.token_s
+    rows = [
+        ("decoding", f"{rate.value:.1f} tokens/s ({rate.low:.1f} to {rate.high:.1f})"),
+        ("time per token", f"{format_time(token.value)} ({format_time(token.low)} to {format_time(token.high)})"),
+        ("no cache or scheduler can beat", format_time(found.bound_token_s)),
+        ("experts found on the GPU", format_share(found.hit_rate, 1)),
+        ("copied per token", format_bytes(round(found.upload_bytes + found.ahead_bytes))),
+        ("read from flash per token", format_bytes(round(found.flash_bytes))),
+        ("experts on the GPU", {"cache": "come and go", "static": "stay"}[found.placement]),
+        *((f"{name} had nothing to do", format_share(share, 1)) for name, share in found.waited.items()),
+        *((f"by the rule {name}", format_time(seconds)) for name, seconds in found.rival_token_s.items()),
+    ]
+    title = (
+        f"{found.device}, {format_bytes(found.vram_bytes)} of VRAM for experts, in virtual time: nothing was measured"
+    )
+    table = table_text(title, ("figure", "value"), rows)
+    return "\n".join([table, *(f"note: {one}" for one in found.assumptions)])
 
 
 def simulation_text(simulation: Simulation) -> str:

@@ -16,6 +16,7 @@ from edgeflex.flow.decoders import (
     is_decoder_calibration,
     is_decoder_document,
     plan_decoder,
+    simulate_device,
     simulate_trace,
 )
 from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
@@ -48,6 +49,7 @@ __all__ = [
     "report",
     "report_decoder",
     "run",
+    "simulate_device",
     "simulate_trace",
     "solve_table",
     "sweep",

@@ -39,6 +39,8 @@ class Asked:
     policy: str | None = None
     prefetch: int | None = None
     threads: int | None = None
+    device: str | None = None
+    vram: str | None = None
 
 
 class Talk:
@@ -60,6 +62,8 @@ class Talk:
             policy=asked.policy,
             threads=asked.threads,
             prefetch_depth=asked.prefetch,
+            device=asked.device,
+            vram_bytes=None if asked.vram is None else parse_size_bytes(asked.vram),
         )
         self._first = None if asked.interactive else _text(asked)
         self._session = DecoderSession.from_bundle(bundle, settings, progress=progress)

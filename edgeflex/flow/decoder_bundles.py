@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_KEPT_BYTES = 1 << 30  # of a source's tensors, so that a small decoder is read once
+_KEPT_BYTES = 1 << 28  # of a source's tensors, so that a small decoder is read once
 _CURVE_POINTS = 7
 _EXPECTED_PROMPT, _EXPECTED_ANSWER = 16, 16
 

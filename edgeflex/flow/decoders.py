@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from edgeflex.models.decoders import DecoderSource
     from edgeflex.runtimes.trace import Trace
+    from edgeflex.schema import DeviceProfile
+    from edgeflex.schema_moe import DeviceSimulation
 
     Ints = NDArray[np.int64]
 
@@ -476,6 +478,50 @@ def _first_prompt(trace: Trace) -> Trace:
 
 
 # --- traces ----------------------------------------------------------------------------------------------
+
+
+def simulate_device(
+    path: Path,
+    device: DeviceProfile,
+    *,
+    vram_bytes: int,
+    ram_bytes: int | None = None,
+    precision: str | None = None,
+    link_bytes_per_s: float | None = None,
+    ram_bytes_per_s: float | None = None,
+) -> DeviceSimulation:
+    """Return what a recorded trace comes to on a machine with a GPU that is not at hand, in virtual time.
+
+    Args:
+        path: The trace.
+        device: Whose rates to take.
+        vram_bytes: Of experts on the GPU.
+        ram_bytes: Of experts in the processor's memory; None: all of them.
+        precision: Of the experts; int4 in groups of 32 by default.
+        link_bytes_per_s: Rate of copies to the GPU, where the profile has none.
+        ram_bytes_per_s: Rate of the processor's memory, where the profile has none.
+
+    Raises:
+        InputError: The trace is damaged, the precision is unknown, or the profile lacks a rate.
+    """
+    from edgeflex.runtimes.boards import simulate_device as simulate
+    from edgeflex.runtimes.trace import read_trace
+
+    trace = read_trace(path)
+    known = {one.value: one for one in Precision}
+    wanted = precision or Precision.INT4_GROUP32.value
+    if wanted not in known:
+        raise InputError(f"precision {wanted!r} is unknown. Known: {', '.join(known)}.")
+    return simulate(
+        trace,
+        device,
+        vram_bytes=vram_bytes,
+        ram_bytes=ram_bytes,
+        precision=known[wanted],
+        sizes=trace.sizes(precision),
+        link_bytes_per_s=link_bytes_per_s,
+        ram_bytes_per_s=ram_bytes_per_s,
+    )
 
 
 def simulate_trace(

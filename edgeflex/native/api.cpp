@@ -6,6 +6,7 @@
 #include <new>
 
 #include "decoder.h"
+#include "raw.h"
 #include "timing.h"
 
 #define EFX __attribute__((visibility("default")))
@@ -47,7 +48,7 @@ int with(void* engine, const Work& work) {
 
 extern "C" {
 
-EFX int efx_abi() { return 3; }
+EFX int efx_abi() { return 4; }
 
 #define EFX_TEXT_OF(name) #name
 #define EFX_TEXT(name) EFX_TEXT_OF(name)
@@ -121,6 +122,26 @@ EFX int efx_time_matrix(int precision, size_t rows, size_t columns, size_t rows_
   return guard([&] {
     if (rows_in == 0 || threads == 0) edgeflex::refuse("a matrix is timed with at least one input row and one thread");
     *seconds = edgeflex::time_matrix(precision, rows, columns, rows_in, threads, total_bytes);
+    return kOk;
+  });
+}
+
+EFX int efx_raw_create(size_t threads, void** experts) {
+  return guard([&] {
+    *experts = new edgeflex::RawExperts(threads);
+    return kOk;
+  });
+}
+
+EFX void efx_raw_destroy(void* experts) { delete static_cast<edgeflex::RawExperts*>(experts); }
+
+EFX int efx_raw_expert(void* experts, int precision, size_t hidden, size_t inner, const uint8_t* gate_up,
+                       const uint8_t* gate_up_scales, const uint8_t* down, const uint8_t* down_scales,
+                       const float* rows, size_t count, float* out) {
+  return guard([&] {
+    if (experts == nullptr) edgeflex::refuse("the experts' kernels are closed");
+    static_cast<edgeflex::RawExperts*>(experts)->run({precision, 2 * inner, hidden, gate_up, gate_up_scales},
+                                                     {precision, hidden, inner, down, down_scales}, rows, count, out);
     return kOk;
   });
 }

@@ -33,6 +33,7 @@ _SOURCES = (
     "xnnpack.cpp",
     "choice.cpp",
     "gemv.cpp",
+    "raw.cpp",
     "timing.cpp",
 )
 _COMPILERS = ("g++", "clang++", "c++")

@@ -77,7 +77,7 @@ def build_report(
     _require_same_bundle(manifest, bench, verify, stats)
     # another runtime's times and bytes say nothing about this plan's
     timed = stats if stats is not None and stats.runtime == runtime_of(manifest.backend) else None
-    measured_on = bench or stats
+    measured_on = bench or timed
     place = measured_on.device if measured_on is not None else manifest.backend
     verdicts = (
         *_memory_checks(manifest, bench or timed),

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from edgeflex.errors import DeviceError, InputError
+from edgeflex.runtimes.cuda_attention import DeviceAttention
+from edgeflex.runtimes.cuda_memory import BATCH, ExpertMemory, device_bytes
 from edgeflex.runtimes.cuda_streams import explained
-from edgeflex.runtimes.cuda_weights import Dense, Kind, dense_bytes, feed_forward, load_dense, restored
+from edgeflex.runtimes.cuda_weights import feed_forward, load_dense, restored
 from edgeflex.runtimes.native import Chosen, Missing, Times
-from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,82 +35,14 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.cuda_host import HostExperts
     from edgeflex.runtimes.cuda_streams import Streams
+    from edgeflex.runtimes.cuda_weights import Dense, Kind, Weight
     from edgeflex.schema import Precision
     from edgeflex.schema_moe import DecoderManifest
 
     Float32 = NDArray[np.float32]
     Key = tuple[int, int]
 
-ALIGNMENT_BYTES = 4096  # of experts in both arenas
 _RUNNING = explained("the decoder's device failed while running")
-_BATCH = 8  # experts whose numbers are restored at once, at most
-
-
-class DeviceBytes(NamedTuple):
-    """Bytes on the device beside the experts' arena.
-
-    Attributes:
-        dense: Weights that stay.
-        key_values: Keys and values of a full context.
-        work: Activations, experts' restored numbers, and what libraries keep.
-    """
-
-    dense: int
-    key_values: int
-    work: int
-
-    @property
-    def total(self) -> int:
-        """Their sum."""
-        return self.dense + self.key_values + self.work
-
-
-def device_bytes(
-    manifest: DecoderManifest,
-    kinds: Mapping[Key, Kind],
-    dtype: torch.dtype,
-    *,
-    context_tokens: int,
-    chunk_tokens: int,
-    library_bytes: int,
-) -> DeviceBytes:
-    """Return what a decoder takes on a device beside its experts' arena.
-
-    Args:
-        manifest: Of the bundle.
-        kinds: Of all experts.
-        dtype: Products run in it.
-        context_tokens: Positions that the key/value cache holds.
-        chunk_tokens: Most tokens of one forward pass.
-        library_bytes: What libraries take.
-    """
-    graph, attention = manifest.graph, manifest.graph.attention
-    width = attention.kv_heads * (attention.head_dim + attention.value_dim)
-    top_k = max((layer.routing.top_k for layer in graph.layers if layer.routing), default=0)
-    inner = max((max(layer.dense_dim, layer.shared_dim, layer.expert_dim) for layer in graph.layers), default=0)
-    projected = attention.heads * (attention.head_dim + attention.value_dim) + width
-    # residual, norm and their copies in dtype, projections and their turned copies, feed-forwards, experts' outputs
-    floats = chunk_tokens * ((top_k + 8) * graph.hidden_dim + 4 * projected + 6 * inner * max(top_k, 1))
-    floats += 3 * attention.heads * chunk_tokens * context_tokens  # scores, where no kernel fuses them
-    floats += chunk_tokens * graph.vocabulary
-    restoring = max((_restoring_bytes(kind, dtype) for kind in set(kinds.values())), default=0)
-    largest = max((_largest_dense(manifest, dtype), min(_BATCH, max(top_k, 1)) * restoring))
-    return DeviceBytes(
-        dense_bytes(manifest, dtype),
-        len(graph.layers) * width * context_tokens * dtype.itemsize,
-        4 * floats + largest + library_bytes,
-    )
-
-
-def _restoring_bytes(kind: Kind, dtype: torch.dtype) -> int:
-    """Return the bytes of one expert's codes, gathered, and its two matrices with what they are made through."""
-    return kind.size_bytes + (dtype.itemsize + 1) * (kind.gate_up.numbers + kind.down.numbers)
-
-
-def _largest_dense(manifest: DecoderManifest, dtype: torch.dtype) -> int:
-    """Return the bytes of the largest dense matrix's codes, and of its halves, while it is being restored."""
-    dense = (one for one in manifest.matrices if ".experts." not in one.name)
-    return max((2 * one.weights_bytes + one.scales_bytes + one.rows * one.columns * dtype.itemsize for one in dense), default=0)
 
 
 @dataclass
@@ -194,7 +127,7 @@ class DeviceEngine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.streams = streams
-        self.host_memory_problem = ""
+        self.memory = ExpertMemory(streams, kinds)
         self._folder = folder
         self._manifest = manifest
         self._graph = manifest.graph
@@ -205,13 +138,7 @@ class DeviceEngine:
         self._chunk_tokens = chunk_tokens
         self._clock = clock
         self._dense: Dense | None = None
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._host_arena: NDArray[np.uint8] | None = None
-        self._arena: Tensor | None = None
-        self._host_places: dict[Key, int] = {}
-        self._places: dict[Key, int] = {}
-        self._uploads: dict[Key, Any] = {}
+        self._attention: DeviceAttention | None = None
         self._pass: _Pass | None = None
         self._waiting: _Waiting | None = None
         self._log: list[Chosen] = []
@@ -229,127 +156,26 @@ class DeviceEngine:
             BundleError: A file is missing or damaged.
             DeviceError: The device refused, or the disk failed.
         """
-        attention, context = self._graph.attention, self._context_tokens
+        context = self._context_tokens
         try:
             with torch.inference_mode(), explained("the device takes no dense weights, keys and values"):
                 self._dense = load_dense(self._folder, self._manifest, self.streams, self._dtype)
-                for _ in self._graph.layers:
-                    shape = (attention.kv_heads, context)
-                    self._keys.append(self.streams.empty((*shape, attention.head_dim), self._dtype))
-                    self._values.append(self.streams.empty((*shape, attention.value_dim), self._dtype))
+                self._attention = DeviceAttention(self._graph, self._dense, self.streams, self._dtype, context)
         except BaseException:
             self.close()
             raise
 
     def arena(self, capacity_bytes: int) -> NDArray[np.uint8]:
-        """Return page-aligned memory of the host for experts, pinned where the driver allows it.
-
-        Where it does not, ``host_memory_problem`` says why, and copies take a detour through the driver's buffers.
-
-        Raises:
-            DeviceError: No memory.
-        """
-        try:
-            found = self.streams.host(capacity_bytes)
-        except (OSError, ValueError, OverflowError) as error:
-            raise DeviceError(
-                f"no memory for {format_bytes(capacity_bytes)} of experts beside the device: {error}. "
-                "All of it is taken at once. Give a smaller RAM tier."
-            ) from error
-        self.host_memory_problem = found.problem
-        self._host_places.clear()
-        self._host_arena = found.data
-        return found.data
-
-    def device_arena(self, capacity_bytes: int) -> None:
-        """Take memory of the device for experts, all at once; it is never taken again or moved.
-
-        Raises:
-            DeviceError: The device refused.
-        """
-        self._places.clear()
-        self._arena = None
-        with explained(f"the device gives no {format_bytes(capacity_bytes)} for experts"):
-            self._arena = self.streams.empty((capacity_bytes,), torch.uint8)
+        """Return the host's arena; see ``ExpertMemory.arena``."""
+        return self.memory.arena(capacity_bytes)
 
     def bind(self, layer: int, expert: int, precision: Precision, offset: int) -> None:
-        """Say that an expert's record lies at ``offset`` of the host's arena.
-
-        Raises:
-            InputError: No such expert, or it does not lie in the arena.
-        """
-        held = 0 if self._host_arena is None else self._host_arena.size
-        self._check_place(layer, expert, offset, held)
-        if precision is not self._kinds[layer, expert].down.precision:
-            raise InputError(f"expert {expert} of layer {layer} is not {precision.value}. Mend the caller.")
-        self._host_places[layer, expert] = offset
+        """Say where an expert lies in the host's arena; see ``ExpertMemory.bind``."""
+        self.memory.bind(layer, expert, precision, offset)
 
     def unbind(self, layer: int, expert: int) -> None:
-        """Forget where an expert lies on the host.
-
-        Raises:
-            InputError: No such expert.
-        """
-        self._kind(layer, expert)
-        self._host_places.pop((layer, expert), None)
-
-    @_RUNNING
-    def upload(self, layer: int, expert: int, offset: int, after: Any) -> None:
-        """Start copying an expert from the host's arena to ``offset`` of the device's, where it lies from now on.
-
-        Args:
-            layer: Its layer.
-            expert: Its number, bound.
-            offset: A multiple of 4096.
-            after: A mark of ``streams.fence``: what still uses these bytes stands before it.
-
-        Raises:
-            InputError: No such expert, it is not on the host, or it does not fit there.
-            DeviceError: The device failed.
-        """
-        arena = self._device_arena()
-        self._check_place(layer, expert, offset, arena.numel())
-        source = torch.from_numpy(self._host_bytes(layer, expert))
-        mark = self.streams.upload(arena[offset : offset + source.numel()], source, after)
-        self._places[layer, expert] = offset
-        self._uploads[layer, expert] = mark
-
-    def drop(self, layer: int, expert: int) -> None:
-        """Forget where an expert lies on the device."""
-        self._places.pop((layer, expert), None)
-        self._uploads.pop((layer, expert), None)
-
-    @_RUNNING
-    def slide(self, layer: int, expert: int, target: int) -> None:
-        """Move an expert within the device's arena; what lies at ``target`` is lost, also its own old bytes.
-
-        Raises:
-            InputError: It is not there.
-            DeviceError: The device failed.
-        """
-        arena, source = self._device_arena(), self._places.get((layer, expert))
-        if source is None:
-            raise InputError(f"expert {expert} of layer {layer} is not on the device. Mend the caller.")
-        self._await(layer, expert)
-        size_bytes = self._kinds[layer, expert].size_bytes
-        arena[target : target + size_bytes] = arena[source : source + size_bytes].clone()
-        self._places[layer, expert] = target
-
-    @_RUNNING
-    def fetch(self, layer: int, expert: int) -> NDArray[np.uint8]:
-        """Return a copy of an expert's record from the device.
-
-        Raises:
-            InputError: It is not there.
-            DeviceError: The device failed.
-        """
-        offset = self._places.get((layer, expert))
-        if offset is None:
-            raise InputError(f"expert {expert} of layer {layer} is not on the device. Mend the caller.")
-        self._await(layer, expert)
-        size_bytes = self._kinds[layer, expert].size_bytes
-        found: NDArray[np.uint8] = self._device_arena()[offset : offset + size_bytes].cpu().numpy().copy()
-        return found
+        """Forget where an expert lies on the host; see ``ExpertMemory.unbind``."""
+        self.memory.unbind(layer, expert)
 
     @property
     def memory_bytes(self) -> int:
@@ -366,13 +192,9 @@ class DeviceEngine:
 
     def close(self) -> None:
         """Give all memory back; a second call does nothing, and nothing runs afterwards."""
-        self._dense = self._arena = self._pass = self._waiting = None
-        self._keys, self._values = [], []
-        self._places.clear()
-        self._uploads.clear()
-        self._host_places.clear()
-        self.streams.close()
-        self._host_arena = None
+        self._dense = self._attention = self._pass = self._waiting = None
+        self.memory.close()
+        self._host.close()
 
     # --- running --------------------------------------------------------------------------------------
 
@@ -411,7 +233,7 @@ class DeviceEngine:
             DeviceError: The device failed.
         """
         waiting = self._event()
-        self._refuse_absent(waiting, experts, self._places)
+        self._refuse_absent(waiting, [one for one in experts if (waiting.layer, one) not in self.memory], experts)
         self._compute(waiting, [expert for expert in experts if expert in waiting.open])
 
     @_RUNNING
@@ -424,7 +246,7 @@ class DeviceEngine:
             DeviceError: The device failed.
         """
         waiting = self._event()
-        self._refuse_absent(waiting, experts, self._host_places)
+        self._refuse_absent(waiting, [one for one in experts if not self.memory.on_host((waiting.layer, one))], experts)
         if waiting.rows is None:
             waiting.rows = waiting.normed.cpu().numpy()
         start = self._clock()
@@ -443,7 +265,7 @@ class DeviceEngine:
             DeviceError: The device failed.
         """
         waiting, running = self._event(), self._running()
-        self._compute(waiting, [one for one in sorted(waiting.open) if (waiting.layer, one) in self._places])
+        self._compute(waiting, [one for one in sorted(waiting.open) if (waiting.layer, one) in self.memory])
         if waiting.open:
             return self._missing(waiting)
         self._end_event(running, waiting)
@@ -499,26 +321,20 @@ class DeviceEngine:
         taken, self._seconds = self._seconds, [0.0, 0.0, 0.0]
         return Times(*taken)
 
-    def upload_seconds(self) -> float:
-        """Return the seconds that ended uploads took since the last call, and forget them; nothing may be under way."""
-        total = sum(self.streams.seconds(mark) for mark in self._uploads.values())
-        self._uploads.clear()
-        return total
-
     # --- layers ---------------------------------------------------------------------------------------
 
     def _advance(self, running: _Pass, start: int) -> Missing | None:
         """Run the layers from ``start`` on."""
         for layer in range(start, len(self._graph.layers)):
             begun = self._clock()
-            residual = running.hidden + self._attention(running, layer)
+            residual = running.hidden + self._attending()(layer, running.hidden, running.position)
             normed = self._norm(residual, f"layers.{layer}.post_norm")
             if self._graph.layers[layer].routing is None:
                 running.hidden = residual + self._swiglu(f"layers.{layer}.mlp", normed)
                 continue
             waiting = self._route(layer, residual, normed)
             self._seconds[0] += self._clock() - begun
-            if any((layer, expert) not in self._places for expert in waiting.spans):
+            if any((layer, expert) not in self.memory for expert in waiting.spans):
                 self._waiting = waiting
                 return self._missing(waiting)
             self._compute(waiting, waiting.union)
@@ -528,76 +344,11 @@ class DeviceEngine:
         return None
 
     def _norm(self, rows: Tensor, name: str) -> Tensor:
-        weight = self._loaded().small[name]
-        return rms_norm(rows, weight.shape, weight, self._graph.norm_epsilon)
+        return self._attending().norm(rows, name)
 
     def _swiglu(self, prefix: str, rows: Tensor) -> Tensor:
         matrices = self._loaded().matrices
         return matrices[f"{prefix}.down"](feed_forward(matrices[f"{prefix}.gate_up"](rows)))
-
-    def _attention(self, running: _Pass, layer: int) -> Tensor:
-        """Return what attention adds, ``[tokens, hidden]``, having stored keys and values."""
-        start, first, count = f"layers.{layer}.", running.position, len(running.hidden)
-        normed = self._norm(running.hidden, start + "input_norm")
-        turn = self._rotation(first, count)
-        project = self._latent if self._graph.attention.kind == "latent" else self._grouped
-        queries, keys, values = project(start, normed, turn)
-        held_keys, held_values, end = self._keys[layer], self._values[layer], first + count
-        held_keys[:, first:end], held_values[:, first:end] = keys, values
-        mixed = scaled_dot_product_attention(
-            queries.to(self._dtype).unsqueeze(0),
-            held_keys[:, :end].unsqueeze(0),
-            held_values[:, :end].unsqueeze(0),
-            attn_mask=self._mask(first, count),
-            is_causal=not first,
-            scale=self._graph.attention.softmax_scale,
-            enable_gqa=queries.shape[0] != keys.shape[0],
-        )
-        return self._loaded().matrices[start + "o"](mixed[0].transpose(0, 1).flatten(1))
-
-    def _mask(self, first: int, count: int) -> Tensor | None:
-        """Return which of the keys so far each of several later tokens sees; None where a kernel's own way does."""
-        if not first or count == 1:
-            return None
-        device = self.streams.device
-        return torch.arange(first + count, device=device) <= torch.arange(first, first + count, device=device)[:, None]
-
-    def _rotation(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine ``[count, rotary_dim / 2]``, from angles in fp32 as trained."""
-        attention = self._graph.attention
-        inverse = torch.tensor(attention.inverse_frequencies, dtype=torch.float32)
-        angles = torch.arange(first, first + count, dtype=torch.float32)[:, None] * inverse
-        both = torch.stack((angles.cos(), angles.sin())) * attention.rotary_scale
-        cosine, sine = both.to(self.streams.device)
-        return cosine, sine
-
-    def _grouped(self, start: str, normed: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values ``[heads, tokens, dim]`` with positions turned in."""
-        shape, dense = self._graph.attention, self._loaded()
-        widths = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim)
-        mixed = dense.matrices[start + "qkv"](normed)
-        if shape.bias:
-            mixed = mixed + dense.small[start + "qkv_bias"]
-        queries, keys, values = mixed.split(widths, dim=-1)
-        if shape.query_key_norm == "projection":
-            queries, keys = self._norm(queries, start + "q_norm"), self._norm(keys, start + "k_norm")
-        queries, keys = _heads(queries, shape.heads), _heads(keys, shape.kv_heads)
-        if shape.query_key_norm == "head":
-            queries, keys = self._norm(queries, start + "q_norm"), self._norm(keys, start + "k_norm")
-        return _turned(queries, *turn), _turned(keys, *turn), _heads(values, shape.kv_heads)
-
-    def _latent(self, start: str, normed: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of latent attention, keys and values expanded per head."""
-        shape, matrices = self._graph.attention, self._loaded().matrices
-        plain = shape.head_dim - shape.rotary_dim
-        queries = _heads(matrices[start + "q"](normed), shape.heads)
-        queries = torch.cat((queries[..., :plain], _turned(queries[..., plain:], *turn)), dim=-1)
-        down = matrices[start + "kv_a"](normed)
-        latent = self._norm(down[..., : shape.latent_dim], start + "kv_norm")
-        shared = _turned(down[..., shape.latent_dim :].unsqueeze(0), *turn)
-        both = _heads(matrices[start + "kv_b"](latent), shape.heads)
-        keys = torch.cat((both[..., :plain], shared.expand(shape.heads, -1, -1)), dim=-1)
-        return queries, keys, both[..., plain:]
 
     # --- experts --------------------------------------------------------------------------------------
 
@@ -652,16 +403,15 @@ class DeviceEngine:
         start = self._clock()
         kinds: dict[Kind, list[int]] = {}
         for expert in experts:
-            self._await(waiting.layer, expert)
             kinds.setdefault(self._kinds[waiting.layer, expert], []).append(expert)
         for kind, members in kinds.items():
-            for first in range(0, len(members), _BATCH):
-                self._compute_batch(waiting, kind, members[first : first + _BATCH])
+            for first in range(0, len(members), BATCH):
+                self._compute_batch(waiting, kind, members[first : first + BATCH])
         waiting.open.difference_update(experts)
         self._seconds[1] += self._clock() - start
 
     def _compute_batch(self, waiting: _Waiting, kind: Kind, experts: Sequence[int]) -> None:
-        data = self._gathered(waiting.layer, experts, kind.size_bytes)
+        data = self.memory.records(waiting.layer, experts)
         spans = [waiting.spans[expert] for expert in experts]
         gate_up = restored(data, kind.gate_up, self._dtype)
         if len(waiting.normed) == 1:
@@ -681,7 +431,9 @@ class DeviceEngine:
             out = down.one(index)(feed_forward(gate_up.one(index)(rows)))
             waiting.outputs.index_copy_(0, places, out)
 
-    def _compute_grouped(self, waiting: _Waiting, gate_up: Any, down: Any, spans: Sequence[tuple[int, int]]) -> None:
+    def _compute_grouped(
+        self, waiting: _Waiting, gate_up: Weight, down: Weight, spans: Sequence[tuple[int, int]]
+    ) -> None:
         """Compute the rows of several experts with one kernel for each matrix."""
         device = waiting.normed.device
         places = torch.cat([waiting.places[first:last] for first, last in spans])
@@ -692,29 +444,14 @@ class DeviceEngine:
         inner = feed_forward(gate_up.grouped(rows, ends, owners))
         waiting.outputs.index_copy_(0, places, down.grouped(inner, ends, owners))
 
-    def _gathered(self, layer: int, experts: Sequence[int], size_bytes: int) -> Tensor:
-        """Return experts' records ``[experts, bytes]``: a view of one, a copy of several."""
-        arena = self._device_arena()
-        offsets = [self._places[layer, expert] for expert in experts]
-        if len(offsets) == 1:
-            return arena[offsets[0] : offsets[0] + size_bytes].unsqueeze(0)
-        return torch.stack([arena[offset : offset + size_bytes] for offset in offsets])
-
     def _compute_on_host(self, waiting: _Waiting, rows: Float32, expert: int) -> None:
         first, last = waiting.spans[expert]
         tokens = waiting.order[first:last] // waiting.weights.shape[1]
-        found = self._host(
-            self._kinds[waiting.layer, expert], self._host_bytes(waiting.layer, expert), np.ascontiguousarray(rows[tokens])
-        )
+        record = self.memory.host_record(waiting.layer, expert)
+        found = self._host(self._kinds[waiting.layer, expert], record, np.ascontiguousarray(rows[tokens]))
         out = torch.from_numpy(found).to(waiting.outputs.device)
         waiting.outputs.index_copy_(0, waiting.places[first:last], out)
         waiting.open.discard(expert)
-
-    def _await(self, layer: int, expert: int) -> None:
-        """Let the device's computing wait for an expert's copy."""
-        mark = self._uploads.get((layer, expert))
-        if mark is not None:
-            self.streams.wait(mark)
 
     def _end_event(self, running: _Pass, waiting: _Waiting) -> None:
         """Sum what experts gave, the largest weight first, then add the shared experts."""
@@ -730,36 +467,17 @@ class DeviceEngine:
     # --- refusals -------------------------------------------------------------------------------------
 
     def _missing(self, waiting: _Waiting) -> Missing:
-        lacking = [one for one in waiting.union if one in waiting.open and (waiting.layer, one) not in self._places]
+        lacking = [one for one in waiting.union if one in waiting.open and (waiting.layer, one) not in self.memory]
         return Missing(waiting.layer, waiting.union, tuple(lacking))
 
-    def _refuse_absent(self, waiting: _Waiting, experts: Sequence[int], places: Mapping[Key, int]) -> None:
-        wrong = [one for one in experts if one not in waiting.spans or (waiting.layer, one) not in places]
+    @staticmethod
+    def _refuse_absent(waiting: _Waiting, elsewhere: Sequence[int], experts: Sequence[int]) -> None:
+        wrong = sorted({*elsewhere, *(one for one in experts if one not in waiting.spans)})
         if wrong:
             raise InputError(
                 f"layer {waiting.layer}: experts {wrong} are not in the event or not where they are to be computed; it "
                 f"uses {waiting.union}. Mend the caller."
             )
-
-    def _host_bytes(self, layer: int, expert: int) -> NDArray[np.uint8]:
-        offset = self._host_places.get((layer, expert))
-        if offset is None or self._host_arena is None:
-            raise InputError(f"expert {expert} of layer {layer} is not in the host's arena. Mend the caller.")
-        return self._host_arena[offset : offset + self._kinds[layer, expert].size_bytes]
-
-    def _check_place(self, layer: int, expert: int, offset: int, held: int) -> None:
-        size_bytes = self._kind(layer, expert).size_bytes
-        if offset % ALIGNMENT_BYTES or not 0 <= offset <= held - size_bytes:
-            raise InputError(
-                f"expert {expert} of layer {layer}: {size_bytes} bytes at offset {offset} of {held}; multiples of "
-                f"{ALIGNMENT_BYTES} inside the arena are needed. Mend the caller."
-            )
-
-    def _kind(self, layer: int, expert: int) -> Kind:
-        kind = self._kinds.get((layer, expert))
-        if kind is None:
-            raise InputError(f"layer {layer} has no expert {expert}. Mend the caller.")
-        return kind
 
     def _check_tokens(self, tokens: NDArray[np.int32], position: int) -> None:
         vocabulary = self._graph.vocabulary
@@ -780,10 +498,10 @@ class DeviceEngine:
             raise InputError("the decoder's weights are not loaded, or it was closed. Load them first.")
         return self._dense
 
-    def _device_arena(self) -> Tensor:
-        if self._arena is None:
-            raise InputError("the device has no memory for experts. Take it first.")
-        return self._arena
+    def _attending(self) -> DeviceAttention:
+        if self._attention is None:
+            raise InputError("the decoder's weights are not loaded, or it was closed. Load them first.")
+        return self._attention
 
     def _running(self) -> _Pass:
         if self._pass is None:
@@ -803,17 +521,6 @@ def _grouped_choices(experts: NDArray[np.int32]) -> tuple[NDArray[np.int64], dic
     ids, starts = np.unique(flat[order], return_index=True)
     ends = [*starts[1:].tolist(), flat.size]
     return order, dict(zip(ids.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
-
-
-def _heads(rows: Tensor, heads: int) -> Tensor:
-    """Return ``[tokens, heads * dim]`` as ``[heads, tokens, dim]``."""
-    return rows.unflatten(-1, (heads, -1)).transpose(0, 1)
-
-
-def _turned(rows: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate ``[..., tokens, dim]``, half-split, by angles ``[tokens, dim / 2]`` (RoFormer, arXiv 2104.09864)."""
-    first, second = rows.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
 def _not_finite(layer: int) -> DeviceError:

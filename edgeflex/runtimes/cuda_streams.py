@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
-import numpy as np
 import torch
 
 from edgeflex.errors import DeviceError, InputError
@@ -22,6 +22,7 @@ from edgeflex.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -87,6 +88,15 @@ class Streams(Protocol):
     def seconds(self, mark: Any) -> float:
         """Return how long an ended upload took."""
 
+    def stamp(self) -> Any:
+        """Return a time behind all computing that was asked for so far."""
+
+    def between(self, first: Any, last: Any) -> float:
+        """Return the seconds from one stamp to a later one; both have passed."""
+
+    def free_bytes(self) -> int | None:
+        """Return what the device has free; None where nobody says."""
+
     def synchronize(self) -> None:
         """Block until nothing is under way."""
 
@@ -131,6 +141,17 @@ class HostStreams:
         """Return what ``upload`` found."""
         return float(mark)
 
+    def stamp(self) -> float:
+        """Return the time."""
+        return self._clock()
+
+    def between(self, first: Any, last: Any) -> float:
+        """Return the difference."""
+        return float(last - first)
+
+    def free_bytes(self) -> None:
+        """Return nothing: the processor's memory is not the device's."""
+
     def synchronize(self) -> None:
         """Do nothing."""
 
@@ -150,7 +171,8 @@ class CudaStreams:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise DeviceError(
-                "PyTorch reaches no CUDA device. Look at `edgeflex doctor`, install a CUDA build of torch, or run without --device."
+                "PyTorch reaches no CUDA device. Look at `edgeflex doctor`, install a CUDA build of torch, or name no "
+                "device."
             )
         with explained("the CUDA device does not start"):
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -178,9 +200,15 @@ class CudaStreams:
         except RuntimeError as error:
             return str(error).splitlines()[0]
         if code:
+            self._forget_error()
             return f"cudaHostRegister of {format_bytes(data.nbytes)} gave error {code}"
         self._registered.append(data)
         return ""
+
+    def _forget_error(self) -> None:
+        """Let the next kernel have the refusal, which CUDA keeps until somebody asks for the last error."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
 
     def fence(self) -> torch.cuda.Event:
         """Return an event behind what the computing stream was given."""
@@ -207,6 +235,20 @@ class CudaStreams:
     def seconds(self, mark: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
         """Return the device's own time of an ended upload."""
         return mark[0].elapsed_time(mark[1]) / 1e3
+
+    def stamp(self) -> torch.cuda.Event:
+        """Return an event with a time on the computing stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def between(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        """Return the device's own seconds between two stamps."""
+        return first.elapsed_time(last) / 1e3
+
+    def free_bytes(self) -> int:
+        """Return what the driver says is free."""
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def synchronize(self) -> None:
         """Wait for both streams."""

@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import linear, silu
 
 from edgeflex.errors import BundleError, DeviceError, UnsupportedError
+from edgeflex.runtimes.movers import BLOCK_BYTES, Record
 from edgeflex.runtimes.packed import Expert, PackedStore, is_small
 from edgeflex.runtimes.raw_store import EMBEDDING, RawRows, expert_pairs
-from edgeflex.runtimes.movers import BLOCK_BYTES, Record
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS
 
@@ -56,13 +56,17 @@ class Weight(NamedTuple):
         out = linear(rows.to(self.values.dtype), self.values).float()
         return out if self.scales is None else out * self.scales
 
+    def one(self, index: int) -> Weight:
+        """Return one of several matrices."""
+        return Weight(self.values[index], None if self.scales is None else self.scales[index])
+
     def each(self, rows: Tensor) -> Tensor:
         """Return row ``i`` of ``rows`` ``[matrices, columns]`` times matrix ``i``, as float32 ``[matrices, rows]``."""
         out = torch.bmm(self.values, rows.to(self.values.dtype).unsqueeze(-1)).squeeze(-1).float()
         return out if self.scales is None else out * self.scales
 
     def grouped(self, rows: Tensor, ends: Tensor, owners: Tensor) -> Tensor:
-        """Return rows up to ``ends[0]`` times matrix 0, from there to ``ends[1]`` times matrix 1 and so on, in one kernel.
+        """Return rows up to ``ends[0]`` times matrix 0, from there to ``ends[1]`` times matrix 1 and so on.
 
         Args:
             rows: ``[n, columns]``.
@@ -161,6 +165,12 @@ def feed_forward(gate_up: Tensor) -> Tensor:
     """Return ``[n, inner]`` of ``[n, 2 * inner]``: the gate's SiLU times the upper half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
+
+
+def run_expert(data: Tensor, kind: Kind, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what the expert whose record is ``data`` ``[bytes]`` makes of ``rows`` ``[n, hidden]``, in float32."""
+    inner = feed_forward(restored(data, kind.gate_up, dtype)(rows))
+    return restored(data, kind.down, dtype)(inner)
 
 
 # --- the bundle ----------------------------------------------------------------------------------------
@@ -283,7 +293,9 @@ def _dense(matrices: Sequence[MatrixRecord]) -> Iterator[MatrixRecord]:
     return (one for one in matrices if ".experts." not in one.name)
 
 
-def _refuse_absent(folder: Path, graph: DecoderGraph, matrices: Mapping[str, Weight], small: Mapping[str, Tensor]) -> None:
+def _refuse_absent(
+    folder: Path, graph: DecoderGraph, matrices: Mapping[str, Weight], small: Mapping[str, Tensor]
+) -> None:
     wanted = [name for name in graph.matrix_shapes() if ".experts." not in name and name != EMBEDDING]
     absent = [name for name in wanted if name not in matrices]
     absent += [name for name in graph.small_shapes() if name not in small]
@@ -301,7 +313,7 @@ def _read(folder: Path, file: str, entries: Mapping[str, FileEntry]) -> NDArray[
         raise BundleError(f"{path}: {error.strerror or error}. {_REMEDY}") from None
     except MemoryError as error:
         raise DeviceError(f"no memory to read {path}: {error}. Close other programs.") from None
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
+    if hashlib.sha256(data.data).hexdigest() != entry.sha256:
         raise BundleError(f"{path}: the content differs from the manifest's SHA-256. {_REMEDY}")
     return data
 

@@ -217,9 +217,7 @@ class _Fit:
             return ErrorStatistics(0, self.scale, 0.0, 0.0, 0.0)
         sizes = sorted(abs(error) for error in self.errors)
         p90 = sizes[math.ceil(0.9 * len(sizes)) - 1]
-        return ErrorStatistics(
-            self.samples, self.scale, statistics.fmean(self.errors), statistics.fmean(sizes), p90
-        )
+        return ErrorStatistics(self.samples, self.scale, statistics.fmean(self.errors), statistics.fmean(sizes), p90)
 
 
 class Refit:

@@ -19,7 +19,7 @@ from edgeflex.bundle_moe import TOKENIZER, open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import sha256_file
 from edgeflex.progress import Silent
-from edgeflex.runtimes.engines import open_engine, require_engine
+from edgeflex.runtimes.engines import DEVICE_POLICY, DeviceRequest, open_device, open_engine, require_engine
 from edgeflex.runtimes.expert_cache import ExpertCache
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.policies import make_policy
@@ -31,13 +31,13 @@ from edgeflex.schema import Conditions
 from edgeflex.schema_moe import DecoderCacheStats, DecoderRunStats, TokenTime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Self
 
     from edgeflex.progress import Progress
-    from edgeflex.runtimes.engines import DecoderEngine
+    from edgeflex.runtimes.engines import DecoderEngine, DeviceStats
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.runtimes.prefetch import Guesser
     from edgeflex.runtimes.sampling import Decoding
@@ -57,7 +57,7 @@ class Settings:
 
     Args:
         cache_bytes: Limit on the bytes of experts in memory.
-        policy: Of the expert cache.
+        policy: Of the expert cache; on a device also ``reuse``, which is then used unless another is named.
         threads: Of the kernels.
         prefetch_depth: Layers ahead whose experts are guessed and read early; 0 reads nothing early.
         prefetch_by: How they are guessed: from ``statistics`` of what layers used together, or by the ``router`` of
@@ -68,6 +68,13 @@ class Settings:
         static: For the policy ``static``: (layer, expert) pairs, the most valuable first.
         prefetch_worth: Share of the early read bytes that must get used; below it reading early stops.
         record: Keep every event, for a trace.
+        device: Where the decoder runs: None is the processor, ``cuda`` a GPU through PyTorch, ``cpu-torch`` the
+            processor in a GPU's place. On a device ``cache_bytes`` is what the processor's memory holds of experts.
+        vram_bytes: Limit on all that is taken of the device's memory; None takes most of what is free.
+        device_rule: What becomes of experts that the device lacks: the quickest mix (``auto``), all copied
+            (``upload``), all computed by the processor (``cpu``), or a fixed placement (``static``).
+        device_precision: Of the device's products, ``fp32`` or ``bf16``.
+        device_parts: What ``runtimes.cuda_session.open_device`` takes beside; for tests of faults.
     """
 
     cache_bytes: int | None = None
@@ -81,6 +88,11 @@ class Settings:
     prefetch_worth: float = 0.5
     prefetch_by: Literal["statistics", "router"] = "statistics"
     record: bool = False
+    device: str | None = None
+    vram_bytes: int | None = None
+    device_rule: str = "auto"
+    device_precision: str | None = None
+    device_parts: Mapping[str, object] | None = None
 
 
 @dataclass
@@ -143,6 +155,7 @@ class DecoderSession:
         self._experts: Residency | None = None
         self._store: PackedStore | None = None
         self._dense: NDArray[np.uint8] | None = None
+        self._device_stats: Callable[[], DeviceStats] | None = None
         self._load_s = 0.0
         self._position = 0
         self._unread: list[int] = []  # answered, and not yet in the key-value cache
@@ -192,7 +205,7 @@ class DecoderSession:
             self._experts.close()
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._experts = self._store = None
+        self._engine = self._experts = self._store = self._device_stats = None
         self._dense = None
 
     @property
@@ -275,7 +288,7 @@ class DecoderSession:
         position = self._position if continued else 0
         self._check_prompt(prompt, position + len(tokens), max_tokens)
         if self._disturbed:
-            experts.reset(self._new_cache())
+            experts.reset(self._new_cache() if self._settings.device is None else experts.cache)
             self._disturbed = False
         self._position, self._unread = position, []
         number = 0 if self._run is None else self._run.number + 1
@@ -399,6 +412,20 @@ class DecoderSession:
             stopped_by=run.stopped_by,
         )
 
+    def device_stats(self) -> DeviceStats:
+        """Return what the device did with experts since the session was opened; call it between generations.
+
+        Raises:
+            DeviceError: The session is closed, runs on no device, or its last pass did not end.
+        """
+        self._opened()
+        if self._device_stats is None or self._disturbed:
+            raise DeviceError(
+                "no counts of a device: the session runs on the processor, or its last answer was broken off. "
+                "Name a device in its settings, and answer once to the end."
+            )
+        return self._device_stats()
+
     # --- inside ---------------------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -440,6 +467,9 @@ class DecoderSession:
         return self._engine, self._experts
 
     def _load(self) -> None:
+        if self._settings.device is not None:
+            self._load_device(self._settings.device)
+            return
         opened = open_engine(
             self.folder,
             self.manifest,
@@ -462,6 +492,26 @@ class DecoderSession:
             clock=self._clock,
         )
         logger.debug("experts: %s reads, %d bytes of cache", self._experts.reading, cache.capacity_bytes)
+
+    def _load_device(self, device: str) -> None:
+        chosen = self._settings
+        request = DeviceRequest(
+            device,
+            chosen.vram_bytes,
+            self.cache_bytes,
+            chosen.policy or DEVICE_POLICY,
+            self.context_tokens,
+            self.chunk_tokens,
+            self.threads,
+            rule=chosen.device_rule,
+            precision=chosen.device_precision,
+            seed=chosen.seed,
+            static=chosen.static,
+            record=chosen.record,
+        )
+        parts = {"mover": self._make_mover, "clock": self._clock, **(chosen.device_parts or {})}
+        opened = open_device(self.folder, self.manifest, request, self._progress, **parts)
+        self._engine, self._store, self._experts, self._device_stats = opened
 
     def _layers(self) -> tuple[int, ...]:
         return tuple(layer.index for layer in self.manifest.graph.layers if layer.routing is not None)

@@ -6,22 +6,31 @@ Runtime over the bundle's stages, weights as they lie in the bundle.
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from edgeflex.errors import UnsupportedError
+from edgeflex.errors import MissingDependencyError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from edgeflex.progress import Progress
+    from edgeflex.runtimes.curves import ErrorStatistics, Resource
     from edgeflex.runtimes.native import Chosen, Missing, Times
     from edgeflex.runtimes.packed import PackedStore
+    from edgeflex.runtimes.residency import Residency
+    from edgeflex.runtimes.tiers import TierCounts
     from edgeflex.schema import Precision
     from edgeflex.schema_moe import DecoderManifest
+
+
+DEVICE_POLICY = "reuse"
+_DEVICE_MODULE = "edgeflex.runtimes.cuda_session"  # by name: what runs decoders on a processor loads no PyTorch
 
 
 class DecoderEngine(Protocol):
@@ -81,6 +90,90 @@ class Opened(NamedTuple):
     engine: DecoderEngine
     store: PackedStore
     load: Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """What a session wants of a device with memory of its own.
+
+    Args:
+        device: ``cuda``, or ``cpu-torch`` for the processor in its place.
+        vram_bytes: Limit on all that is taken of its memory; None takes most of what is free.
+        ram_bytes: Limit on the experts in the processor's memory.
+        policy: Of both tiers; ``reuse`` foretells uses for the device, and copies experts ahead.
+        context_tokens: Positions that the key/value cache holds.
+        chunk_tokens: Most tokens of one forward pass.
+        threads: Of the processor, for experts that stay with it.
+        rule: What becomes of experts that the device lacks: ``auto``, ``upload``, ``cpu`` or ``static``.
+        precision: Of the device's products, ``fp32`` or ``bf16``; None takes the device's usual one.
+        seed: Of the policy ``random``.
+        static: (layer, expert) pairs, the most valuable first.
+        record: Keep every event.
+    """
+
+    device: str
+    vram_bytes: int | None
+    ram_bytes: int
+    policy: str
+    context_tokens: int
+    chunk_tokens: int
+    threads: int
+    rule: str = "auto"
+    precision: str | None = None
+    seed: int = 0
+    static: Iterable[tuple[int, int]] | None = None
+    record: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceStats:
+    """What a device did with experts since the session was opened.
+
+    Attributes:
+        device: Its name.
+        vram_bytes: Of the experts' arena on the device.
+        ram_bytes: Of the RAM tier.
+        exclusive: Whether RAM keeps no copy of what the device has.
+        pinned: Whether copies start from pinned memory.
+        decoding: Lookups and bytes of decoding.
+        prompts: Of prompts.
+        host_experts: Experts that the processor computed.
+        copied_ahead: Experts copied before any event asked for them.
+        host_s: Its seconds for them.
+        upload_s: The link's seconds.
+        predicted_s: Sum of the spans that the scheduler predicted for its events.
+        errors: Of the predictions, by resource.
+    """
+
+    device: str
+    vram_bytes: int
+    ram_bytes: int
+    exclusive: bool
+    pinned: bool
+    decoding: TierCounts
+    prompts: TierCounts
+    host_experts: int
+    copied_ahead: int
+    host_s: float
+    upload_s: float
+    predicted_s: float
+    errors: Mapping[Resource, ErrorStatistics]
+
+
+class OpenedDevice(NamedTuple):
+    """An engine on a device, with its dense weights loaded.
+
+    Attributes:
+        engine: Computes.
+        store: Where its experts are read from.
+        experts: Serves its events.
+        stats: Says what it did.
+    """
+
+    engine: DecoderEngine
+    store: PackedStore
+    experts: Residency
+    stats: Callable[[], DeviceStats]
 
 
 class _Open(Protocol):
@@ -143,6 +236,38 @@ def open_engine(
         threads=threads,
         progress=progress,
     )
+
+
+def open_device(
+    folder: Path, manifest: DecoderManifest, request: DeviceRequest, progress: Progress, **parts: object
+) -> OpenedDevice:
+    """Return a bundle's engine on a device; PyTorch is loaded now and not before.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        request: What is asked for.
+        progress: Told what is not as it should be.
+        parts: See ``runtimes.cuda_session.open_device``.
+
+    Raises:
+        UnsupportedError: No engine runs this backend.
+        MissingDependencyError: PyTorch is absent.
+        InputError: The device, its rule or its precision is unknown.
+        BundleError: A file is missing or damaged.
+        DeviceError: There is no such device, or it refused.
+    """
+    require_engine(folder, manifest)
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"decoders on a device need PyTorch, which does not load here: {error}. Install it: pip install torch"
+        ) from None
+    opened: OpenedDevice = importlib.import_module(_DEVICE_MODULE).open_device(
+        folder, manifest, request, progress, **parts
+    )
+    return opened
 
 
 def _native(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Raw: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
 ALIGNMENT_BYTES = 64
-_ABI = 3
+_ABI = 4
 _MISSING = 1
 _INPUT_FAULT = -1
 _CODES = {Precision.FP32: 0, Precision.INT8_DYNAMIC: 1, Precision.INT4_GROUP32: 2}
@@ -121,6 +121,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "efx_packed_bytes": (_INT, _SIZE, _SIZE, _SIZE_OUT),
     "efx_pack": (_INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER),
     "efx_time_matrix": (_INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, ctypes.POINTER(ctypes.c_double)),
+    "efx_raw_create": (_SIZE, ctypes.POINTER(_POINTER)),
+    "efx_raw_expert": (_POINTER, _INT, _SIZE, _SIZE, *[_POINTER] * 5, _SIZE, _POINTER),
     "efx_create": (ctypes.POINTER(_DecoderSpec), ctypes.POINTER(_POINTER)),
     "efx_set_small": (_POINTER, _INT, _INT, _POINTER, _SIZE),
     "efx_set_matrix": (_POINTER, _INT, _INT, _INT, _SIZE, _SIZE, _POINTER, _SIZE),
@@ -199,8 +201,9 @@ def open_native(library: Path, backend: Path, threads: Path) -> ctypes.CDLL:
         function = getattr(opened, name)
         function.argtypes = arguments
         function.restype = _INT
-    opened.efx_destroy.argtypes = (_POINTER,)
-    opened.efx_destroy.restype = None
+    for destroy in (opened.efx_destroy, opened.efx_raw_destroy):
+        destroy.argtypes = (_POINTER,)
+        destroy.restype = None
     _check(opened, opened.efx_open(str(backend).encode(), str(threads).encode()))
     return opened
 
@@ -274,11 +277,7 @@ def pack(precision: Precision, rows: int, columns: int, codes: Raw, scales: Raw 
         InputError: A buffer is too small, or a scale is negative or not finite.
     """
     code = _code(precision)
-    needed = {
-        Precision.FP32: (4 * rows * columns, 0),
-        Precision.INT8_DYNAMIC: (rows * columns, 4 * rows),
-        Precision.INT4_GROUP32: (rows * columns // 2, 2 * rows * (columns // 32)),
-    }[precision]
+    needed = _raw_bytes(precision, rows, columns)
     given = _aligned(_bytes_of(codes), 4)
     factors = _aligned(_bytes_of(scales if scales is not None else b""), 4)
     target = np.frombuffer(out, dtype=np.uint8)
@@ -353,6 +352,93 @@ def _aligned_zeros(count: int) -> NDArray[np.uint8]:
 def _aligned(data: NDArray[np.uint8], alignment: int) -> NDArray[np.uint8]:
     """Return the same bytes at an address that is a multiple of ``alignment``; copied only where needed."""
     return data if data.ctypes.data % alignment == 0 else data.copy()
+
+
+# --- experts from raw numbers --------------------------------------------------------------------------
+
+
+class RawMatrix(NamedTuple):
+    """A matrix as a bundle stores it, at addresses that are multiples of 4.
+
+    Attributes:
+        precision: Of the codes.
+        rows: Outputs.
+        columns: Inputs.
+        codes: Its bytes.
+        scales: Its scales' bytes; empty for fp32.
+    """
+
+    precision: Precision
+    rows: int
+    columns: int
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
+
+
+class RawExperts:
+    """Computes experts from their raw numbers, with fp32 inputs; not for several threads at once.
+
+    What a device computes is computed here from the same bytes, and XNNPACK's packed form is needed by neither.
+
+    Args:
+        threads: That compute; results do not depend on them.
+
+    Raises:
+        DeviceError: No threads.
+        MissingDependencyError: The native library or ExecuTorch is absent.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._library = _opened()
+        self._handle = _POINTER()
+        _check(self._library, self._library.efx_raw_create(_natural(threads), ctypes.byref(self._handle)))
+
+    def __call__(self, gate_up: RawMatrix, down: RawMatrix, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return ``[n, hidden]`` of ``rows`` ``[n, hidden]`` through one expert.
+
+        Raises:
+            InputError: The shapes do not fit each other, or bytes are missing.
+        """
+        given = np.ascontiguousarray(rows, dtype=np.float32)
+        hidden, inner = gate_up.columns, down.columns
+        self._refuse(gate_up, down, given)
+        out = np.empty((len(given), hidden), dtype=np.float32)
+        places = [one.ctypes.data for one in (gate_up.codes, gate_up.scales, down.codes, down.scales, given)]
+        code = _code(gate_up.precision)
+        arguments = (self._handle, code, hidden, inner, *places, len(given), out.ctypes.data)
+        _check(self._library, self._library.efx_raw_expert(*arguments))
+        return out
+
+    def close(self) -> None:
+        """End the threads; a second call does nothing."""
+        if self._handle.value is not None:
+            self._library.efx_raw_destroy(self._handle)
+            self._handle = _POINTER()
+
+    @staticmethod
+    def _refuse(gate_up: RawMatrix, down: RawMatrix, rows: NDArray[np.float32]) -> None:
+        shapes = (gate_up.rows, gate_up.columns) == (
+            2 * down.columns,
+            down.rows,
+        ) and gate_up.precision is down.precision
+        faults = [] if shapes and rows.ndim == 2 and rows.shape[1] == gate_up.columns else ["shapes do not fit"]
+        for one in (gate_up, down):
+            codes, scales = _raw_bytes(one.precision, one.rows, one.columns)
+            if one.codes.size < codes or one.scales.size < scales:
+                faults.append(f"{one.codes.size} and {one.scales.size} bytes of {codes} and {scales}")
+            if one.codes.ctypes.data % 4 or (scales and one.scales.ctypes.data % 4):
+                faults.append("bytes do not start at a multiple of 4")
+        if faults:
+            raise InputError.collect(f"an expert of {gate_up.rows} x {gate_up.columns} in {rows.shape} rows", faults)
+
+
+def _raw_bytes(precision: Precision, rows: int, columns: int) -> tuple[int, int]:
+    """Return the bytes of a raw matrix's codes and of its scales."""
+    return {
+        Precision.FP32: (4 * rows * columns, 0),
+        Precision.INT8_DYNAMIC: (rows * columns, 4 * rows),
+        Precision.INT4_GROUP32: (rows * columns // 2, 2 * rows * (columns // 32)),
+    }[precision]
 
 
 # --- the engine --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.errors import InputError
 from edgeflex.runtimes.curves import Curve, Curves, ErrorStatistics, Refit, Resource
-from edgeflex.runtimes.schedule_rules import HYBRIMOE, PointerCosts, fiddler_uploads, pointer_uploads
+from edgeflex.runtimes.schedule_rules import PointerCosts, fiddler_uploads, hybrimoe_costs, pointer_uploads
 from edgeflex.runtimes.schedule_search import Event, Found, Job, arrange, ends_of, search
 from edgeflex.runtimes.timeline import (
     Active,
@@ -160,7 +160,7 @@ def hybrimoe(active: Sequence[Active], curves: Curves, *, decoding: bool = True)
         InputError: As of ``schedule``.
     """
     event, rows = _event(active, curves), [one.rows for one in active]
-    return _ruled(active, event, pointer_uploads(event, rows, HYBRIMOE(rows)) if decoding else event.free)
+    return _ruled(active, event, pointer_uploads(event, rows, hybrimoe_costs(rows)) if decoding else event.free)
 
 
 def fiddler(active: Sequence[Active], curves: Curves) -> Schedule:

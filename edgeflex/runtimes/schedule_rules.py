@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from edgeflex.runtimes.schedule_search import Event
 
-__all__ = ["HYBRIMOE", "PointerCosts", "fiddler_uploads", "pointer_uploads"]
+__all__ = ["PointerCosts", "fiddler_uploads", "hybrimoe_costs", "pointer_uploads"]
 
 
 class PointerCosts(NamedTuple):
@@ -24,7 +24,7 @@ class PointerCosts(NamedTuple):
     move: Callable[[int], float]
 
 
-def HYBRIMOE(rows: Sequence[int]) -> PointerCosts:  # noqa: N802
+def hybrimoe_costs(rows: Sequence[int]) -> PointerCosts:
     """Return HybriMoE's published constants (its code: cpu 1 · tokens + 0.79, gpu 0.5, move 0.41791011235117914)."""
     return PointerCosts(lambda _: 0.5, lambda i: 1.0 * rows[i] + 0.79, lambda _: 0.41791011235117914)
 

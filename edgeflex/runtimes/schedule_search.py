@@ -10,6 +10,7 @@ nobody). Branch and bound with linear-programming duals as bounds; for large eve
 from __future__ import annotations
 
 import math
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,11 @@ __all__ = ["Ends", "Event", "Found", "Job", "Order", "arrange", "ends_of", "sear
 
 _NEAR = 1e-3  # a large event within this share of its bound is searched no further
 _SAME = 1e-9  # spans nearer than this share are equal
-_EXACT_JOBS = 16  # more are not searched exactly
-_TRIES = 160  # evaluations of the local search
+_SMALL = 16  # an event of more jobs is also searched locally
+_QUICK = 8  # so many with flash are soon searched in full
+_EXACT_JOBS, _EXACT_READS = 40, 16  # more, without and with flash, are not searched exactly
+_REACH = 8  # jobs on each side of a split that the local search exchanges
+_TRIES, _STEPS = 320, 10_000  # evaluations of the local search at most, and jobs in them
 
 
 class Job(NamedTuple):
@@ -70,6 +74,7 @@ class Event:
 
     Attributes:
         jobs: All, by index.
+        costs: Of each job.
         pinned: Those that only the GPU can compute now.
         free: The others, in Johnson's order of link and GPU; equal jobs side by side.
         group: Of each job; equal jobs share one.
@@ -81,6 +86,7 @@ class Event:
     ) -> None:
         """Sort the jobs of one event; the factors are those of ``Curves``."""
         self.jobs, self.cpu_factor, self.link_factor, self.cpu_start_s = jobs, cpu_factor, link_factor, cpu_start_s
+        self.costs = [job.cost for job in jobs]
         known: dict[Job, int] = {}
         self.group = [known.setdefault(job, len(known)) for job in jobs]
         self.pinned = [i for i, job in enumerate(jobs) if job.cost.cpu == math.inf]
@@ -104,11 +110,11 @@ def _johnson(first_s: float, second_s: float) -> tuple[int, float]:
 
 def ends_of(event: Event, order: Order) -> Ends:
     """Return when each resource ends under an order, by the rules of ``timeline``."""
-    jobs = event.jobs
+    costs = event.costs
     if order.read:
         return _ends_with_flash(event, order)
-    cpu_s = sum(jobs[i].cost.cpu for i in order.on_cpu) + (event.cpu_start_s if order.on_cpu else 0.0)
-    total_s = sum(jobs[i].cost.link for i in order.uploaded)
+    cpu_s = sum([costs[i].cpu for i in order.on_cpu]) + (event.cpu_start_s if order.on_cpu else 0.0)
+    total_s = sum([costs[i].link for i in order.uploaded])
     slow, slope, switch_s, switch_at_s = 1.0, 1.0, math.inf, math.inf
     cpu_end_s = cpu_s
     if event.contended and cpu_s > 0 and total_s > 0:
@@ -117,10 +123,10 @@ def ends_of(event: Event, order: Order) -> Ends:
         cpu_end_s = switch_at_s if total_s >= switch_s else cpu_s + total_s * slope * (1.0 - 1.0 / slow)
     copied_s, at_s, gpu_s = 0.0, 0.0, event.gpu_s
     for i in order.uploaded:
-        cost = jobs[i].cost
-        copied_s += cost.link
+        compute_s, _, copy_s, _ = costs[i]
+        copied_s += copy_s
         at_s = copied_s * slope if copied_s <= switch_s else switch_at_s + copied_s - switch_s
-        gpu_s = max(gpu_s, at_s) + cost.gpu
+        gpu_s = max(gpu_s, at_s) + compute_s
     return Ends(gpu_s, cpu_end_s, at_s, 0.0)
 
 
@@ -258,13 +264,30 @@ def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -
     best = _Best(event, bounds.event_s)
     for choice in ([], event.free, *starts):
         best.offer(arrange(event, choice))
-    large = len(event.free) > _EXACT_JOBS
+    large = len(event.free) > _SMALL
     rankings = _rankings(event) if large else _rankings(event)[:1]
     for ranking in rankings:
         _split(best, ranking)
+    if event.flash and len(event.free) > _QUICK and not best.within(_NEAR):
+        best.offer(arrange(event, search(_without_reads(event), effort=effort).order.uploaded))
+    best.budget = best.tries + min(_TRIES, _STEPS // max(1, len(event.free)))
     for ranking in rankings if large else []:
         _improve(best, ranking)
-    return best.found(proven=best.within(_SAME) or (not large and _DeepSearch(best, bounds, effort).run()))
+    proven = best.within(_SAME)
+    if not proven and not best.near(large=large) and len(event.free) <= (_EXACT_READS if event.flash else _EXACT_JOBS):
+        proven = _DeepSearch(best, bounds, effort).run()
+    if not proven and (event.flash or event.contended):
+        _polish(best)
+    return best.found(proven=proven)
+
+
+def _without_reads(event: Event) -> Event:
+    """Return the event as if nothing had to be read: where the disk is quick, the best choice is nearly the same."""
+    jobs = [
+        job._replace(cost=job.cost._replace(disk=0.0), place="gpu" if job.place == "gpu" else "ram")
+        for job in event.jobs
+    ]
+    return Event(jobs, cpu_factor=event.cpu_factor, link_factor=event.link_factor, cpu_start_s=event.cpu_start_s)
 
 
 class _Best:
@@ -272,7 +295,7 @@ class _Best:
 
     def __init__(self, event: Event, bound_s: float) -> None:
         self.event, self.bound_s = event, bound_s
-        self.order, self.objective_s, self.tries = Order((), (), ()), math.inf, 0
+        self.order, self.objective_s, self.tries, self.budget = Order((), (), ()), math.inf, 0, 0
 
     def offer(self, order: Order) -> float:
         objective_s = self.event.objective(order)
@@ -284,8 +307,23 @@ class _Best:
     def within(self, share: float) -> bool:
         return self.objective_s - self.bound_s <= share * abs(self.bound_s)
 
+    def near(self, *, large: bool) -> bool:
+        """Return whether more search is not worth its time: a large event may end within ``_NEAR`` of its bound."""
+        return self.within(_NEAR if large else _SAME)
+
     def found(self, *, proven: bool) -> Found:
-        return Found(self.order, self.objective_s, min(self.bound_s, self.objective_s), proven)
+        order = _canonical(self.event, self.order)
+        bound_s = self.objective_s if proven else min(self.bound_s, self.objective_s)
+        return Found(order, self.objective_s, bound_s, proven)
+
+
+def _canonical(event: Event, order: Order) -> Order:
+    """Return the order with equal jobs exchanged so that the earlier are uploaded, and first."""
+    members: dict[int, list[int]] = {}
+    for i in (*order.uploaded, *order.on_cpu):
+        members.setdefault(event.group[i], []).append(i)
+    stands_for = {old: new for group in members.values() for old, new in zip(group, sorted(group), strict=True)}
+    return Order(*(tuple(stands_for[i] for i in indices) for indices in order))
 
 
 def _rankings(event: Event) -> list[list[int]]:
@@ -329,20 +367,40 @@ def _split(best: _Best, ranking: list[int]) -> None:
 
 def _improve(best: _Best, ranking: list[int]) -> None:
     """Flip and swap jobs near the split of a ranking while that helps."""
-    budget = best.tries + _TRIES
     improved = True
-    while improved and best.tries < budget and not best.within(_NEAR):
+    while improved and best.tries < best.budget and not best.within(_NEAR):
         improved = False
         up = set(best.order.uploaded)
         cut = len(up)
-        window = ranking[max(0, cut - 6) : cut + 6]
+        window = ranking[max(0, cut - _REACH) : cut + _REACH]
         ins, outs = [i for i in window if i in up], [i for i in window if i not in up]
         changes = [{i} for i in window] + [{i, j} for i in reversed(ins) for j in outs]
         for change in changes:
             before = best.objective_s
-            if best.tries >= budget or best.offer(arrange(best.event, up ^ change)) < before:
-                improved = best.tries < budget
+            if best.tries >= best.budget:
+                return
+            if best.offer(arrange(best.event, up ^ change)) < before:
+                improved = True
                 break
+
+
+def _polish(best: _Best) -> None:
+    """Exchange pairs within each list of the order while that helps.
+
+    Where CPU and link slow each other, an order that keeps them apart may win against the arguments of the search.
+    """
+    event, before = best.event, math.inf
+    small = len(event.free) <= _SMALL
+    while best.objective_s < before and best.tries < best.budget and not best.near(large=not small):
+        before = best.objective_s
+        for field, indices in zip(Order._fields, best.order, strict=True):
+            places = [p for p, i in enumerate(indices) if event.jobs[i].place != "gpu"]
+            for left, right in combinations(places, 2) if small else pairwise(places):
+                if best.tries >= best.budget:
+                    return
+                swapped = list(indices)
+                swapped[left], swapped[right] = swapped[right], swapped[left]
+                best.offer(best.order._replace(**{field: tuple(swapped)}))
 
 
 class _Clocks(NamedTuple):

@@ -47,7 +47,7 @@ class TierBound:
     """Least traffic of decoding a trace.
 
     Attributes:
-        decode_tokens: Tokens decoded.
+        decode_tokens: Passes that decoded, one token each.
         lookups: Experts looked up while decoding.
         lookup_bytes: Their bytes.
         gpu_missed_bytes: That must be uploaded, or belong to experts that the CPU computes.
@@ -83,7 +83,13 @@ class TimeBound:
 
 
 def multi_tier_belady(
-    trace: Trace, vram_bytes: int, ram_bytes: int, *, exclusive: bool = False, sizes: Int64 | None = None
+    trace: Trace,
+    vram_bytes: int,
+    ram_bytes: int,
+    *,
+    exclusive: bool = False,
+    sizes: Int64 | None = None,
+    first_step: int = 0,
 ) -> TierBound:
     """Return the least bytes between tiers that any policy can reach while decoding.
 
@@ -93,6 +99,7 @@ def multi_tier_belady(
         ram_bytes: Limit of RAM; 0: there is no RAM tier.
         exclusive: Whether RAM keeps no copy of what VRAM holds; the bound for it holds for inclusive tiers too.
         sizes: ``[layers, experts]`` bytes; None takes the trace's own.
+        first_step: Passes before it (see ``TraceEvent.step``) are not counted; like prompts, they may leave anything.
 
     Raises:
         InputError: A limit is below 0, or a used expert has no size.
@@ -100,13 +107,13 @@ def multi_tier_belady(
     if min(vram_bytes, ram_bytes) < 0:
         raise InputError(f"tiers of {vram_bytes} and {ram_bytes} bytes: none may be below 0.")
     known = trace.sizes() if sizes is None else sizes
-    uses = _Uses.of(trace, known)
+    uses = _Uses.of(trace, known, first_step)
     both_bytes = vram_bytes + ram_bytes if exclusive else max(vram_bytes, ram_bytes)
     gpu = uses.least_missed_bytes(vram_bytes)
     flash = gpu if both_bytes == vram_bytes else uses.least_missed_bytes(both_bytes)
     one = uses.one_size
     return TierBound(
-        decode_tokens=trace.decode_tokens,
+        decode_tokens=uses.passes,
         lookups=sum(map(len, uses.keys)),
         lookup_bytes=uses.total_bytes,
         gpu_missed_bytes=gpu,
@@ -126,6 +133,7 @@ def time_bound(
     sizes: Int64 | None = None,
     kind_of: Callable[[int, int], str] | None = None,
     dense_s: float = 0.0,
+    first_step: int = 0,
 ) -> TimeBound:
     """Return the seconds per decoded token that no policy and no schedule can beat.
 
@@ -143,16 +151,19 @@ def time_bound(
         sizes: ``[layers, experts]`` bytes; None takes the trace's own.
         kind_of: Kind of (layer, expert), by which ``curves.kinds`` are chosen; None: all are of the kind ``""``.
         dense_s: Seconds per token in which neither GPU nor CPU can compute experts.
+        first_step: As in ``multi_tier_belady``.
 
     Raises:
         InputError: As ``multi_tier_belady``, or nothing was decoded in the trace.
     """
-    if not trace.decode_tokens:
-        raise InputError("the trace has no decoded token, so it bounds no time per token. Record some.")
     known = trace.sizes() if sizes is None else sizes
-    traffic = multi_tier_belady(trace, vram_bytes, ram_bytes, exclusive=exclusive, sizes=known)
+    traffic = multi_tier_belady(trace, vram_bytes, ram_bytes, exclusive=exclusive, sizes=known, first_step=first_step)
     tokens = traffic.decode_tokens
-    groups = _groups(trace, known, curves, kind_of)
+    if not tokens:
+        raise InputError(
+            f"the trace has no decoded token from pass {first_step} on, so it bounds no time per token. Record some."
+        )
+    groups = _groups(_counted(trace, first_step), known, curves, kind_of)
     # rates with the latency of the largest expert, which no copy or read undercuts per byte
     link_s = traffic.gpu_missed_bytes * min(curves.link_s(size) / size for _, size, _, _ in groups)
     disk_s = traffic.flash_bytes * min(curves.disk_s(size) / size for _, size, _, _ in groups)
@@ -171,6 +182,7 @@ def time_bound_s(
     sizes: Int64 | None = None,
     kind_of: Callable[[int, int], str] | None = None,
     dense_s: float = 0.0,
+    first_step: int = 0,
 ) -> float:
     """Return ``time_bound(...).token_s``.
 
@@ -178,8 +190,9 @@ def time_bound_s(
         InputError: As ``time_bound``.
     """
     return time_bound(
-        trace, curves, vram_bytes, ram_bytes, exclusive=exclusive, sizes=sizes, kind_of=kind_of, dense_s=dense_s
-    ).token_s
+        trace, curves, vram_bytes, ram_bytes,
+        exclusive=exclusive, sizes=sizes, kind_of=kind_of, dense_s=dense_s, first_step=first_step,
+    ).token_s  # fmt: skip
 
 
 # --- bytes ---------------------------------------------------------------------------------------------
@@ -194,21 +207,23 @@ class _Uses:
         next_uses: Per event, for each of its keys the number of the next event that uses it.
         refills: By event before which a prompt came: for every key, the number of the next event that uses it.
         sizes: ``[layers * experts]`` bytes.
+        passes: Forward passes that decode.
     """
 
     keys: Sequence[Int64]
     next_uses: Sequence[Float64]
     refills: dict[int, Float64]
     sizes: Int64
+    passes: int
 
     @classmethod
-    def of(cls, trace: Trace, sizes: Int64) -> _Uses:
+    def of(cls, trace: Trace, sizes: Int64, first_step: int) -> _Uses:
         if sizes.ndim != 2 or sizes.shape[0] < trace.layers or sizes.shape[1] < trace.experts:
             raise InputError(
                 f"expert sizes are {list(sizes.shape)} and the trace has {trace.layers} layers of {trace.experts} "
                 "experts. Give those of the trace's decoder."
             )
-        keys, after_prompts = _decoded(trace.events, sizes.shape[1])
+        keys, after_prompts = _decoded(trace.events, sizes.shape[1], first_step)
         flat = sizes.ravel()
         if any((flat[used] <= 0).any() for used in keys):
             raise InputError("the trace uses experts that have no size. Give the sizes of the trace's decoder.")
@@ -221,7 +236,8 @@ class _Uses:
             if number in after_prompts:
                 refills[number] = coming.copy()
         next_uses.reverse()
-        return cls(keys, next_uses, refills, flat)
+        passes = len({event.step for event in _counted(trace, first_step)})
+        return cls(keys, next_uses, refills, flat, passes)
 
     @property
     def total_bytes(self) -> int:
@@ -283,12 +299,17 @@ class _Kept:
         self._coming = np.where(self._held > 0, coming, -1.0)
 
 
-def _decoded(events: Sequence[TraceEvent], experts: int) -> tuple[list[Int64], set[int]]:
-    """Return the keys of each decoding event, and the numbers of those that a prompt came before."""
+def _counted(trace: Trace, first_step: int) -> list[TraceEvent]:
+    """Return the events that bounds count."""
+    return [event for event in trace.events if event.decoding and event.step >= first_step]
+
+
+def _decoded(events: Sequence[TraceEvent], experts: int, first_step: int) -> tuple[list[Int64], set[int]]:
+    """Return the keys of each event that counts, and the numbers of those that came after one that does not."""
     keys: list[Int64] = []
     after_prompts: set[int] = set()
     for event in events:
-        if event.decoding:
+        if event.decoding and event.step >= first_step:
             keys.append(np.array(event.experts, dtype=np.int64) + event.layer * experts)
         else:
             after_prompts.add(len(keys))
@@ -300,9 +321,11 @@ def _decoded(events: Sequence[TraceEvent], experts: int) -> tuple[list[Int64], s
 _Group = tuple[int, int, float, float]  # lookups, bytes, seconds on the GPU, seconds on the CPU
 
 
-def _groups(trace: Trace, sizes: Int64, curves: Curves, kind_of: Callable[[int, int], str] | None) -> list[_Group]:
+def _groups(
+    events: Sequence[TraceEvent], sizes: Int64, curves: Curves, kind_of: Callable[[int, int], str] | None
+) -> list[_Group]:
     """Gather the lookups of decoding that cost the same."""
-    lookups = Counter((event.layer, expert) for event in trace.events if event.decoding for expert in event.experts)
+    lookups = Counter((event.layer, expert) for event in events for expert in event.experts)
     found: Counter[tuple[int, str]] = Counter()
     for (layer, expert), count in lookups.items():
         found[int(sizes[layer, expert]), kind_of(layer, expert) if kind_of is not None else ""] += count

@@ -148,7 +148,6 @@ class TieredCache:
                 chosen = make_policy(chosen, layers=layers, experts=experts, top_k=top_k, seed=seed, static=static)
             return Tier(capacity_bytes, sizes, chosen)
 
-        check_sizes(vram_bytes, sizes)
         _check_budgets(vram_bytes, ram_bytes, sizes, exclusive=exclusive)
         same = policy if isinstance(policy, str) else DEFAULT_POLICY
         self._vram = tier(vram_bytes, policy)
@@ -209,21 +208,29 @@ class TieredCache:
     def warm(self, order: Iterable[Pair]) -> None:
         """Fill VRAM, then RAM, before the first event, as a placement from a calibration trace does; nothing counts.
 
+        Queues are filled from their old end to their young one, so that what is worth most leaves last.
+
         Args:
             order: (layer, expert) pairs, the most valuable first; each goes as high as there is room left.
 
         Raises:
             InputError: An expert does not exist.
         """
-        ram = self._ram
+        rooms = [tier.capacity_bytes - tier.resident_bytes if tier is not None else 0 for tier in self._tiers]
+        filled: tuple[list[Pair], list[Pair]] = [], []
+        copied = self._ram is not None and not self._exclusive
         for pair in dict.fromkeys(order):
-            if pair in self:
+            size = self._size(pair)
+            highest = next((place for place, room in enumerate(rooms) if size <= room), None)
+            if pair in self or highest is None or (copied and size > rooms[1]):
                 continue
-            if ram is not None and not self._exclusive:
-                if ram.load(*pair):
-                    self._vram.load(*pair)
-            elif not self._vram.load(*pair) and ram is not None:
-                ram.load(*pair)
+            for place in {highest, 1} if copied else {highest}:
+                filled[place].append(pair)
+                rooms[place] -= size
+        for tier, pairs in zip(self._tiers, filled, strict=True):
+            for layer, expert in reversed(pairs):
+                if tier is not None:
+                    tier.load(layer, expert)
 
     def parts(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ...]]:
         """Cut an event into the fewest runs that each fit whatever is resident and however they are computed.
@@ -268,6 +275,18 @@ class TieredCache:
         return TierCounts(*self._tally[decoding])
 
     # --- inside ---------------------------------------------------------------------------------------
+
+    @property
+    def _tiers(self) -> tuple[Tier, Tier | None]:
+        return self._vram, self._ram
+
+    def _size(self, pair: Pair) -> int:
+        layer, expert = pair
+        known = 0 <= layer < len(self._sizes) and 0 <= expert < len(self._sizes[0])
+        size = self._sizes[layer][expert] if known else 0
+        if not size:
+            raise InputError(f"there is no expert {expert} of layer {layer}. Give experts of the sizes' decoder.")
+        return size
 
     def _below(
         self,
@@ -336,6 +355,8 @@ class TieredCache:
 
 
 def _check_budgets(vram_bytes: int, ram_bytes: int, sizes: Int64, *, exclusive: bool) -> None:
+    if sizes.ndim != 2 or not sizes.size:
+        raise InputError(f"expert sizes have the shape {sizes.shape}; bytes [layers, experts] are needed.")
     if ram_bytes < 0:
         raise InputError(f"RAM tier of {ram_bytes} bytes: none may be below 0. Give 0 for no RAM tier.")
     total = int(sizes.sum())
@@ -412,6 +433,7 @@ def tier_replay(
     sizes: Int64 | None = None,
     seed: int = 0,
     static: Sequence[Pair] | None = None,
+    warm: Iterable[Pair] = (),
     upload: Callable[[TraceEvent, TierOutcome], Iterable[int]] | None = None,
 ) -> TierReplay:
     """Replay ``trace`` through a ``TieredCache``; an event that may not fit is split (see ``TieredCache.parts``).
@@ -426,6 +448,7 @@ def tier_replay(
         sizes: ``[layers, experts]`` bytes; None takes the trace's own.
         seed: For ``random``.
         static: For ``static``; None orders by the trace's own counts, which no real run can know.
+        warm: What the tiers are filled with before the first event, see ``TieredCache.warm``.
         upload: Chooses which misses of an event (or of a part of it) enter VRAM; None uploads all.
 
     Raises:
@@ -443,6 +466,7 @@ def tier_replay(
         vram_bytes, ram_bytes, known, policy, ram_policy,
         exclusive=exclusive, top_k=trace.top_k, seed=seed, static=static,
     )  # fmt: skip
+    cache.warm(warm)
     for event in trace.events:
         for part in cache.parts(event.layer, event.experts):
             weights = part_weights(event, part)

@@ -178,17 +178,27 @@ def contend(
         cpu_factor: How much longer the CPU takes beside the link, at least 1.
         link_factor: How much longer the link takes beside the CPU, at least 1.
     """
-    if cpu_factor == 1.0 and link_factor == 1.0:
+    if not cpu or not link or cpu_factor == link_factor == 1.0:
         return _serial(cpu), _serial(link)
-    one, other = _Turns(cpu), _Turns(link)
-    now = 0.0
-    while one.pending or other.pending:
-        both = one.running(now) and other.running(now)
-        ends = (one.next_s(now, cpu_factor if both else 1.0), other.next_s(now, link_factor if both else 1.0))
-        now, before = min(ends), now
-        one.advance(before, now, cpu_factor if both else 1.0, ended=ends[0] == now)
-        other.advance(before, now, link_factor if both else 1.0, ended=ends[1] == now)
-    return one.done, other.done
+    cpu_spans: list[tuple[float, float]] = []
+    link_spans: list[tuple[float, float]] = []
+    now, (cpu_start, cpu_left), (link_start, link_left) = 0.0, cpu[0], link[0]
+    while len(cpu_spans) < len(cpu) and len(link_spans) < len(link):
+        cpu_on, link_on = cpu_start <= now, link_start <= now
+        cpu_slow, link_slow = (cpu_factor, link_factor) if cpu_on and link_on else (1.0, 1.0)
+        cpu_next = now + cpu_left * cpu_slow if cpu_on else cpu_start
+        link_next = now + link_left * link_slow if link_on else link_start
+        then = min(cpu_next, link_next)
+        cpu_left = max(0.0, cpu_left - (then - now) / cpu_slow) if cpu_on else cpu_left
+        link_left = max(0.0, link_left - (then - now) / link_slow) if link_on else link_left
+        if cpu_on and cpu_next == then:
+            cpu_spans.append((cpu_start, then))
+            cpu_start, cpu_left = _turn(cpu, len(cpu_spans), then)
+        if link_on and link_next == then:
+            link_spans.append((link_start, then))
+            link_start, link_left = _turn(link, len(link_spans), then)
+        now = then
+    return _alone(cpu, cpu_spans, cpu_start, now, cpu_left), _alone(link, link_spans, link_start, now, link_left)
 
 
 def simulate(schedule: Schedule, active: Sequence[Active], curves: Curves) -> Timeline:
@@ -223,39 +233,22 @@ def simulate(schedule: Schedule, active: Sequence[Active], curves: Curves) -> Ti
     )
 
 
-class _Turns:
-    """One side of the two that slow each other: what it has done, and what is left of the present turn."""
+def _turn(turns: Sequence[Work], index: int, free_s: float) -> tuple[float, float]:
+    """Return when the next turn starts, and its work; there may be none left."""
+    if index == len(turns):
+        return math.inf, 0.0
+    return max(free_s, turns[index].release_s), turns[index].work_s
 
-    def __init__(self, turns: Sequence[Work]) -> None:
-        self.done: list[tuple[float, float]] = []
-        self._turns = turns
-        self._left_s = turns[0].work_s if turns else 0.0
-        self._start_s: float | None = None
 
-    @property
-    def pending(self) -> bool:
-        return len(self.done) < len(self._turns)
-
-    def running(self, now: float) -> bool:
-        return self.pending and self._turns[len(self.done)].release_s <= now
-
-    def next_s(self, now: float, factor: float) -> float:
-        """Return when the present turn ends at this speed, or when it may begin."""
-        if not self.pending:
-            return math.inf
-        release_s = self._turns[len(self.done)].release_s
-        return release_s if release_s > now else now + self._left_s * factor
-
-    def advance(self, before: float, now: float, factor: float, *, ended: bool) -> None:
-        if not self.running(before):
-            return
-        if self._start_s is None:
-            self._start_s = before
-        self._left_s = max(0.0, self._left_s - (now - before) / factor)
-        if ended:
-            self.done.append((self._start_s, now))
-            self._start_s = None
-            self._left_s = self._turns[len(self.done)].work_s if self.pending else 0.0
+def _alone(
+    turns: Sequence[Work], spans: list[tuple[float, float]], start_s: float, now: float, left_s: float
+) -> list[tuple[float, float]]:
+    """Return the spans of all turns, the present one with ``left_s`` to go, the other resource being done."""
+    if len(spans) == len(turns):
+        return spans
+    end_s = max(now, start_s) + left_s
+    rest = [Work(max(end_s, turn.release_s), turn.work_s) for turn in turns[len(spans) + 1 :]]
+    return [*spans, (start_s, end_s), *_serial(rest)]
 
 
 def _serial(turns: Sequence[Work]) -> list[tuple[float, float]]:

@@ -1,0 +1,184 @@
+"""Opens a decoder's bundle on a device: its memory divided, its curves measured, its experts in tiers.
+
+Loaded by name from ``runtimes.engines``, so that nothing which runs decoders on a processor needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgeflex.errors import DeviceError, InputError
+from edgeflex.runtimes.cuda_ahead import Ahead
+from edgeflex.runtimes.cuda_curves import measure_curves
+from edgeflex.runtimes.cuda_decoder import DeviceEngine
+from edgeflex.runtimes.cuda_experts import RULES, DeviceExperts, tier_sizes
+from edgeflex.runtimes.cuda_host import open_host
+from edgeflex.runtimes.cuda_memory import device_bytes
+from edgeflex.runtimes.cuda_streams import open_streams
+from edgeflex.runtimes.cuda_weights import open_experts
+from edgeflex.runtimes.engines import OpenedDevice
+from edgeflex.runtimes.movers import Mover
+from edgeflex.runtimes.reuse import ReusePolicy
+from edgeflex.runtimes.strategies import AheadCache
+from edgeflex.runtimes.tiers import TieredCache
+from edgeflex.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflex.progress import Progress
+    from edgeflex.runtimes.cuda_host import HostExperts
+    from edgeflex.runtimes.cuda_streams import Streams
+    from edgeflex.runtimes.cuda_weights import Kind
+    from edgeflex.runtimes.curves import Curves
+    from edgeflex.runtimes.engines import DeviceRequest
+    from edgeflex.runtimes.packed import PackedStore
+    from edgeflex.schema_moe import DecoderManifest
+
+    Key = tuple[int, int]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SHARE = 0.9  # of the device's free memory, where nobody says how much
+
+
+def open_device(
+    folder: Path,
+    manifest: DecoderManifest,
+    request: DeviceRequest,
+    progress: Progress,
+    *,
+    streams: Streams | None = None,
+    host: HostExperts | None = None,
+    curves: Curves | None = None,
+    mover: Callable[..., Mover] = Mover,
+    clock: Callable[[], float] = time.perf_counter,
+) -> OpenedDevice:
+    """Return engine, store and experts of a bundle on a device; nothing of it is kept after a fault.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        request: What is asked for.
+        progress: Told what is not as it should be, and about measuring.
+        streams: The device; None opens the one that ``request`` names.
+        host: Computes experts with the processor; None opens what this machine has.
+        curves: What experts cost; None measures it now.
+        mover: Makes the readers.
+        clock: Seconds, rising.
+
+    Raises:
+        InputError: The device, the rule or the precision is unknown.
+        BundleError: A file is missing or damaged.
+        DeviceError: There is no such device, it refused, or its memory does not hold one expert.
+    """
+    _refuse_unknown(request)
+    device = streams or open_streams(request.device)
+    dtype = _DTYPES[request.precision or ("fp32" if device.device.type == "cpu" else "bf16")]
+    store, kinds = open_experts(folder, manifest)
+    sizes = {"context_tokens": request.context_tokens, "chunk_tokens": request.chunk_tokens}
+    tiers = _tiers(manifest, store, kinds, request, device, dtype)
+    processor = host or open_host(request.threads, progress)
+    engine = DeviceEngine(folder, manifest, kinds, device, processor, dtype=dtype, clock=clock, **sizes)
+    try:
+        engine.load()
+        known = curves or measure_curves(device, processor, kinds, dtype, progress=progress, clock=clock)
+        layers = [layer.index for layer in manifest.graph.layers if layer.routing is not None]
+        experts = DeviceExperts(
+            engine, store, tiers, layers, known, rule=request.rule, record=request.record, mover=mover, clock=clock
+        )
+        if request.rule == "static" and request.static is not None:
+            experts.warm(request.static)
+    except BaseException:
+        engine.close()
+        raise
+    if engine.memory.host_problem:
+        progress.note(
+            f"memory of the RAM tier is not pinned ({engine.memory.host_problem}): copies to the device are slower and "
+            "overlap with less. Raise the limit on locked memory (`ulimit -l`), or give a smaller RAM tier."
+        )
+    return OpenedDevice(engine, store, experts, experts.stats)
+
+
+def _refuse_unknown(request: DeviceRequest) -> None:
+    faults = []
+    if request.rule not in RULES:
+        faults.append(f"rule {request.rule!r} is unknown; name one of {', '.join(RULES)}")
+    if request.precision is not None and request.precision not in _DTYPES:
+        faults.append(f"products in {request.precision!r} are unknown; name one of {', '.join(_DTYPES)}")
+    if request.vram_bytes is not None and request.vram_bytes < 1:
+        faults.append(f"{request.vram_bytes} bytes of the device; at least 1 is needed")
+    if faults:
+        raise InputError.collect("the run's device", faults)
+
+
+def _tiers(
+    manifest: DecoderManifest,
+    store: PackedStore,
+    kinds: Mapping[Key, Kind],
+    request: DeviceRequest,
+    device: Streams,
+    dtype: torch.dtype,
+) -> Callable[[], tuple[TieredCache, Ahead | None]]:
+    """Divide the memories, and return what makes the tiers' books."""
+    fixed = device_bytes(
+        manifest,
+        kinds,
+        dtype,
+        context_tokens=request.context_tokens,
+        chunk_tokens=request.chunk_tokens,
+        library_bytes=device.library_bytes,
+    )
+    total = int(store.sizes.sum())
+    given = request.vram_bytes if request.vram_bytes is not None else _all_of(device, fixed.total + total)
+    try:
+        vram, ram, exclusive = tier_sizes(store.sizes, given - fixed.total, request.ram_bytes)
+    except DeviceError as error:
+        raise DeviceError(
+            f"{format_bytes(given)} of the device are not enough beside {format_bytes(fixed.dense)} of dense weights, "
+            f"{format_bytes(fixed.key_values)} of keys and values and {format_bytes(fixed.work)} to work in: {error}"
+        ) from None
+    logger.debug("tiers: %d bytes on the device, %d in RAM, exclusive %s", vram, ram, exclusive)
+    top_k = max((layer.routing.top_k for layer in manifest.graph.layers if layer.routing), default=0)
+    if request.policy == ReusePolicy.name:
+        return functools.partial(_foretelling, store.sizes, vram, ram, exclusive=exclusive, top_k=top_k)
+    order = None if request.static is None else tuple(request.static)
+
+    def plain() -> tuple[TieredCache, None]:
+        made = TieredCache(
+            vram,
+            ram,
+            store.sizes,
+            request.policy,
+            exclusive=exclusive,
+            top_k=top_k,
+            seed=request.seed,
+            static=order,
+        )
+        return made, None
+
+    plain()  # refuses what is impossible before anything is loaded
+    return plain
+
+
+def _foretelling(
+    sizes: NDArray[np.int64], vram: int, ram: int, *, exclusive: bool, top_k: int
+) -> tuple[TieredCache, Ahead]:
+    policy = ReusePolicy(*sizes.shape, top_k=top_k)
+    cache = AheadCache(vram, ram, sizes, policy, exclusive=exclusive, top_k=top_k)
+    return cache, Ahead(cache, policy, sizes)
+
+
+def _all_of(device: Streams, needed: int) -> int:
+    free = device.free_bytes()
+    return needed if free is None else min(needed, int(free * _SHARE))

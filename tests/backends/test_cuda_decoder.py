@@ -1,0 +1,752 @@
+"""A decoder on a device: the processor's tokens wherever experts are, no byte above the plan, and no fault unseen.
+
+The processor stands in for the device, so that all but streams is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import weakref
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgeflex.bundle_moe import open_decoder_bundle
+from edgeflex.errors import BundleError, DeviceError, InputError, MissingDependencyError, UnsupportedError
+from edgeflex.exporters.decoder import export_decoder
+from edgeflex.exporters.decoder_files import BundleWeights
+from edgeflex.exporters.onnx_decoder import export_onnx_decoder
+from edgeflex.models.decoder_reference import Reference
+from edgeflex.progress import Silent
+from edgeflex.runtimes.cuda_decoder import DeviceEngine
+from edgeflex.runtimes.cuda_experts import LANDING_EXPERTS, RULES
+from edgeflex.runtimes.cuda_host import NativeExperts, TorchExperts, open_host
+from edgeflex.runtimes.cuda_memory import device_bytes
+from edgeflex.runtimes.cuda_streams import HostMemory, HostStreams
+from edgeflex.runtimes.cuda_weights import Shape, feed_forward, open_experts, restored, run_expert
+from edgeflex.runtimes.curves import Curve, Curves
+from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.movers import Mover
+from edgeflex.runtimes.native import RawExperts, RawMatrix
+from edgeflex.runtimes.tiers import tier_replay
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import Attention, DecoderGraph, DecoderLayer, Routing
+from edgeflex.transforms.decoder_weights import dequantize, quantize_matrix
+from tests.random_decoder import RandomSource, exact_plan, mixed_plan
+from tests.tiny_decoder import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_graph
+
+PROMPT = [7, 3, 90, 3, 3, 15, 42, 61, 8, 8, 30]  # a chunk of 8 and one of 3
+NEW = 24
+ALL = 1 << 30
+ORDER = [(layer, expert) for expert in range(EXPERTS) for layer in range(1, LAYERS)]
+# Copies as dear as a product on the processor: schedules then mix both.
+EVEN = Curves(gpu=Curve(((1, 1e-6),)), cpu=Curve(((1, 1e-3),)), link_bytes_per_s=12e6, link_latency_s=1e-4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Any:
+    return RandomSource(tiny_graph(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def exact(source, tmp_path_factory) -> Path:
+    """The bundle with everything in fp32."""
+    folder: Path = tmp_path_factory.mktemp("exact") / "bundle"
+    export_onnx_decoder(source, exact_plan(source.graph), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(source, tmp_path_factory) -> Path:
+    """The bundle with experts of two precisions, and so of two sizes."""
+    folder: Path = tmp_path_factory.mktemp("mixed") / "bundle"
+    export_onnx_decoder(source, mixed_plan(source.graph), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(source, bundle) -> Reference:
+    """The reference with the mixed bundle's own numbers."""
+    return Reference(source, BundleWeights(bundle, open_decoder_bundle(bundle).manifest.matrices, source))
+
+
+@pytest.fixture(scope="module")
+def expected(rounded) -> list[int]:
+    return list(rounded.generate(PROMPT, NEW))
+
+
+@pytest.fixture
+def own(bundle, tmp_path) -> Path:
+    """Return a copy that a test may damage."""
+    folder: Path = tmp_path / "own"
+    shutil.copytree(bundle, folder)
+    return folder
+
+
+def fixed_bytes(folder: Path, dtype: torch.dtype = torch.float32) -> int:
+    """Return what the decoder takes of the device beside experts."""
+    manifest = open_decoder_bundle(folder).manifest
+    _, kinds = open_experts(folder, manifest)
+    plan = manifest.plan
+    sizes = {"context_tokens": plan.context_tokens, "chunk_tokens": plan.prefill_chunk_tokens}
+    return device_bytes(manifest, kinds, dtype, library_bytes=0, **sizes).total
+
+
+def sizes_of(folder: Path) -> tuple[int, int]:
+    """Return the bytes of the largest expert, and of all."""
+    store, _ = open_experts(folder, open_decoder_bundle(folder).manifest)
+    return int(store.sizes.max()), int(store.sizes.sum())
+
+
+def tiers_of(folder: Path) -> list[tuple[int, int]]:
+    """Return (device, processor) bytes for experts: copies kept, experts exchanged, no RAM tier; small to all."""
+    one, total = sizes_of(folder)
+    return [
+        (one, 0),
+        (one, total),
+        (2 * one, 4 * one),
+        (3 * one + 4096, 3 * one),  # not enough for copies: the tiers hold different experts
+        (total // 2, one),
+        (total // 2, total // 2),
+        (total - 4096, 0),
+        (total, total),
+        (ALL, ALL),
+    ]
+
+
+def settings(folder: Path, tiers: tuple[int, int], *, parts: Any = None, **more: Any) -> Settings:
+    given = {"curves": EVEN} if parts is None else {"curves": EVEN, **parts}
+    return Settings(
+        cache_bytes=tiers[1],
+        device="cpu-torch",
+        vram_bytes=fixed_bytes(folder) + tiers[0],
+        device_parts=given,
+        **more,
+    )
+
+
+def noting(rows: list[Any], forced: list[int] | None = None) -> Any:
+    """Return a sampler that notes the logits and says ``forced``, or what is greedy."""
+
+    def choose(row: Any) -> int:
+        rows.append(row)
+        return int(row.argmax()) if forced is None else forced[len(rows) % len(forced)]
+
+    return choose
+
+
+def tied_latent_graph() -> DecoderGraph:
+    """DeepSeek-V2's attention, ungated shared experts, scaled routing, a tied head."""
+    attention = Attention(
+        kind="latent",
+        heads=4,
+        kv_heads=4,
+        head_dim=24,
+        value_dim=16,
+        rotary_dim=8,
+        latent_dim=32,
+        inverse_frequencies=tuple(10000.0 ** (-i / 4) for i in range(4)),
+        rotary_scale=1.1,
+        softmax_scale=0.2,
+    )
+    routing = Routing(experts=EXPERTS, top_k=3, normalised=False, scale=1.5)
+    layers = [DecoderLayer(index=index, routing=routing, expert_dim=64, shared_dim=32) for index in range(2)]
+    changes = {"attention": attention, "layers": tuple(layers), "tied_embedding": True}
+    return tiny_graph().model_copy(update=changes)
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8_DYNAMIC, Precision.INT4_GROUP32])
+def test_restored_numbers_are_the_definitions_to_the_last_bit(precision):
+    draw = np.random.default_rng(0)
+    stored = [quantize_matrix(draw.normal(size=(24, 64)).astype(np.float32), precision) for _ in range(3)]
+    codes = [np.frombuffer(one.codes.tobytes(), np.uint8) for one in stored]
+    scales = [np.frombuffer(b"" if one.scales is None else one.scales.tobytes(), np.uint8) for one in stored]
+    data = torch.from_numpy(np.stack([np.concatenate(pair) for pair in zip(codes, scales, strict=True)]))
+    shape = Shape(precision, 24, 64, 0, codes[0].size)
+    found = restored(data, shape, torch.float32)
+    assert found.scales is None
+    assert np.array_equal(found.values.numpy(), np.stack([dequantize(one) for one in stored]))
+    rows = torch.from_numpy(draw.normal(size=(3, 64)).astype(np.float32))
+    wanted = np.stack([dequantize(one) @ row for one, row in zip(stored, rows.numpy(), strict=True)])
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        out = restored(data, shape, dtype).each(rows).numpy()
+        assert np.abs(out - wanted).max() < limit * np.abs(wanted).max()
+
+
+def test_experts_of_a_prompt_in_one_kernel_are_those_one_by_one():
+    draw = np.random.default_rng(1)
+    stored = [quantize_matrix(draw.normal(size=(32, 64)).astype(np.float32), Precision.INT8_DYNAMIC) for _ in range(3)]
+    raw = [np.frombuffer(one.codes.tobytes() + np.asarray(one.scales).tobytes(), np.uint8) for one in stored]
+    weight = restored(
+        torch.from_numpy(np.stack(raw)), Shape(Precision.INT8_DYNAMIC, 32, 64, 0, 32 * 64), torch.bfloat16
+    )
+    rows = torch.from_numpy(draw.normal(size=(10, 64)).astype(np.float32))
+    ends, owners = torch.tensor([2, 3, 10], dtype=torch.int32), torch.tensor([0, 0, 1, *[2] * 7])
+    together = weight.grouped(rows, ends, owners)
+    apart = torch.cat([weight.one(index)(rows[owners == index]) for index in range(3)])
+    assert torch.allclose(together, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+
+
+def test_the_processor_computes_what_the_device_does(bundle):
+    store, kinds = open_experts(bundle, open_decoder_bundle(bundle).manifest)
+    draw = np.random.default_rng(2)
+    host = open_host(1, Silent())
+    assert isinstance(host, NativeExperts)
+    try:
+        for key in ((1, 0), (1, 1), (1, 2)):
+            record = np.fromfile(store.experts[key].record.file, np.uint8)
+            for rows in (1, 2, 7):
+                given = draw.normal(size=(rows, 64)).astype(np.float32)
+                wanted = run_expert(
+                    torch.from_numpy(record), kinds[key], torch.from_numpy(given), torch.float32
+                ).numpy()
+                for computes in (host, TorchExperts()):
+                    found = computes(kinds[key], record, given)
+                    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8_DYNAMIC, Precision.INT4_GROUP32])
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 32), (96, 160), (320, 64)])
+def test_native_kernels_give_the_definitions_numbers_for_any_rows_and_threads(precision, hidden, inner):
+    draw = np.random.default_rng(hidden)
+    stored = [
+        quantize_matrix((draw.normal(size=size) / 8).astype(np.float32), precision)
+        for size in ((2 * inner, hidden), (hidden, inner))
+    ]
+    first, second = (
+        RawMatrix(
+            precision,
+            one.rows,
+            one.columns,
+            one.codes.reshape(-1).view(np.uint8),
+            np.empty(0, np.uint8) if one.scales is None else one.scales.reshape(-1).view(np.uint8),
+        )
+        for one in stored
+    )
+    gate_up, down = (dequantize(one).astype(np.float64) for one in stored)
+    alone, both = RawExperts(1), RawExperts(2)
+    for rows in (1, 3, 4, 9):
+        given = draw.normal(size=(rows, hidden)).astype(np.float32)
+        gate, up = np.split(given @ gate_up.T, 2, axis=1)
+        wanted = (gate / (1 + np.exp(-gate)) * up) @ down.T
+        found = alone(first, second, given)
+        assert np.abs(found - wanted).max() < 3e-6 * np.abs(wanted).max()
+        assert np.array_equal(both(first, second, given), found)
+        assert np.array_equal(np.concatenate([alone(first, second, row[None]) for row in given]), found)
+    with pytest.raises(InputError, match="shapes do not fit"):
+        alone(first, second, np.zeros((1, hidden + 1), np.float32))
+    with pytest.raises(InputError, match="bytes of"):
+        alone(first._replace(codes=first.codes[:-4]), second, np.zeros((1, hidden), np.float32))
+    for one in (alone, both):
+        one.close()
+        one.close()
+    with pytest.raises(InputError, match="closed"):
+        alone(first, second, np.zeros((1, hidden), np.float32))
+
+
+def test_without_native_kernels_pytorch_computes_and_says_so(monkeypatch):
+    def refuse(threads: int) -> Any:
+        raise MissingDependencyError("ExecuTorch is not installed. Install it: pip install executorch")
+
+    monkeypatch.setattr("edgeflex.runtimes.cuda_host.NativeExperts", refuse)
+    heard = Hearing()
+    assert isinstance(open_host(1, heard), TorchExperts)
+    assert "through PyTorch" in heard.notes[0]
+
+
+# --- tokens --------------------------------------------------------------------------------------------
+
+
+def test_fp32_says_what_the_processor_says_with_everything_in_memory(source, exact, tmp_path):
+    export_decoder(source, exact_plan(source.graph), tmp_path / "other", stock=False)
+    with DecoderSession.from_bundle(tmp_path / "other", Settings(cache_bytes=ALL)) as session:
+        said = list(session.generate(PROMPT, NEW))
+    assert len(set(said)) > NEW // 3
+    for folder in (exact, tmp_path / "other"):
+        for rule in RULES:
+            for tiers in tiers_of(folder)[::2]:
+                with DecoderSession.from_bundle(folder, settings(folder, tiers, device_rule=rule)) as session:
+                    assert list(session.generate(PROMPT, NEW)) == said
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("policy", ["reuse", "enu", "lru"])
+def test_tokens_are_the_same_in_all_sizes_of_tiers(bundle, expected, rule, policy):
+    for tiers in tiers_of(bundle) if policy == "reuse" else tiers_of(bundle)[2:5]:
+        chosen = settings(bundle, tiers, policy=policy, device_rule=rule)
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+            assert list(session.generate(PROMPT, NEW)) == expected
+            cache = session.stats().cache
+            assert cache.peak_bytes <= cache.capacity_bytes <= max(tiers[0], sizes_of(bundle)[0])
+
+
+def test_a_bundle_for_executorch_is_read_as_it_lies(source, expected, tmp_path):
+    export_decoder(source, mixed_plan(source.graph), tmp_path / "bundle", stock=False)
+    for tiers in tiers_of(tmp_path / "bundle")[:4]:
+        with DecoderSession.from_bundle(tmp_path / "bundle", settings(tmp_path / "bundle", tiers)) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+    assert not list((tmp_path / "bundle").glob("packed-*"))
+
+
+def test_latent_attention_and_a_tied_head_say_what_the_reference_says(tmp_path):
+    graph = tied_latent_graph()
+    source: Any = RandomSource(graph, tmp_path / "model")
+    folder = tmp_path / "bundle"
+    manifest = export_onnx_decoder(source, mixed_plan(graph), folder)
+    said = Reference(source, BundleWeights(folder, manifest.matrices, source)).generate(PROMPT, NEW)
+    for tiers in tiers_of(folder)[:5]:
+        with DecoderSession.from_bundle(folder, settings(folder, tiers)) as session:
+            assert list(session.generate(PROMPT, NEW)) == list(said)
+
+
+def logits_of(folder: Path, tokens: list[int], precision: str) -> np.ndarray:
+    rows: list[Any] = []
+    chosen = settings(folder, tiers_of(folder)[2], device_precision=precision)
+    with DecoderSession.from_bundle(folder, chosen) as session:
+        list(session.generate(tokens[:1], len(tokens), noting(rows, tokens)))
+    return np.stack(rows)
+
+
+def test_logits_in_fp32_are_the_references_to_rounding(bundle, rounded):
+    tokens = [*PROMPT, *range(20)]
+    wanted = rounded.logits(torch.tensor([tokens]))[0].numpy()
+    assert np.abs(logits_of(bundle, tokens, "fp32") - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+def test_logits_in_bf16_stay_near_the_references(bundle, rounded):
+    # a random router has near ties, and where one falls the other way a token's logits are another expert's
+    tokens = [*PROMPT, *range(20)]
+    wanted = rounded.logits(torch.tensor([tokens]))[0].numpy()
+    found = logits_of(bundle, tokens, "bf16")
+    assert np.median(np.abs(found - wanted)) < 0.02 * np.abs(wanted).max()
+    assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() > 0.8
+
+
+def test_tokens_are_the_same_however_the_prompt_is_cut(bundle, expected):
+    for chunk in (1, 3, 11, 64):
+        chosen = settings(bundle, tiers_of(bundle)[2], chunk_tokens=chunk)
+        chosen = Settings(**{**vars(chosen), "vram_bytes": None})
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+
+
+def test_a_long_prompt_and_what_is_continued_are_as_one_prompt(bundle, rounded):
+    long = [one % VOCABULARY for one in range(3, 3 + 5 * 45, 5)]
+    said = list(rounded.generate(long, 5))
+    with DecoderSession.from_bundle(bundle, settings(bundle, tiers_of(bundle)[3])) as session:
+        assert list(session.generate(long, 5)) == said
+        list(session.generate(long[:20], 1))
+        first = list(session.generate(long[:20], 3))
+        more = list(session.generate([5, 6], 6, continued=True))
+        assert list(session.generate([*long[:20], *first, 5, 6], 6)) == more
+
+
+# --- tiers ---------------------------------------------------------------------------------------------
+
+
+def test_the_simulator_counts_what_the_device_did(bundle):
+    for tiers in tiers_of(bundle):
+        chosen = settings(bundle, tiers, device_rule="upload", policy="enu", record=True)
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            list(session.generate(PROMPT, NEW))
+            list(session.generate([4, 5, 6], 10, continued=True))
+            done, trace, sizes = session.device_stats(), session.trace(), session.store.sizes
+        told = tier_replay(trace, done.vram_bytes, done.ram_bytes, "enu", exclusive=done.exclusive, sizes=sizes)
+        assert (told.decoding, told.prompts) == (done.decoding, done.prompts)
+
+
+def test_the_quickest_mix_uses_both_ways_and_the_rules_only_theirs(bundle):
+    tiers, done = tiers_of(bundle)[2], {}
+    for rule in RULES:
+        chosen = settings(bundle, tiers, device_rule=rule, policy="static", static=ORDER)
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            list(session.generate(PROMPT, NEW))
+            done[rule] = session.device_stats()
+    assert done["auto"].host_experts > 0 < done["auto"].decoding.uploads
+    assert done["upload"].host_experts == 0
+    for rule in ("cpu", "static"):
+        assert done[rule].decoding.uploads == done[rule].prompts.uploads == 0 < done[rule].host_experts
+    assert done["static"].decoding.gpu_hits > 0, "a fixed placement is filled before the first event"
+
+
+def test_copies_are_made_ahead_of_events_and_fill_the_device(bundle, expected):
+    one, total = sizes_of(bundle)
+    dear = replace(EVEN, link_bytes_per_s=1e9, link_latency_s=2e-3)  # dearer than the processor: no event uploads
+    for held in (2 * one, total // 2, total):
+        chosen = settings(bundle, (held, total), parts={"curves": dear})
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            for _ in range(2):
+                assert list(session.generate(PROMPT, NEW)) == expected
+            done = session.device_stats()
+        assert done.copied_ahead > 0
+        assert done.decoding.gpu_hits > 0
+
+
+def test_static_order_fills_tiers_that_hold_different_experts(bundle, expected):
+    for tiers in tiers_of(bundle)[3:6]:
+        chosen = settings(bundle, tiers, device_rule="static", policy="static", static=ORDER)
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+
+
+def test_predictions_are_kept_beside_what_was_measured(bundle):
+    with DecoderSession.from_bundle(bundle, settings(bundle, tiers_of(bundle)[2], parts={"curves": None})) as session:
+        list(session.generate(PROMPT, NEW))
+        done = session.device_stats()
+    assert done.predicted_s > 0
+    assert sum(done.errors[one].samples for one in ("gpu", "cpu", "link")) > 0
+
+
+class Counting(HostStreams):
+    """Counts the device's bytes that are held, and refuses or fails where a test says so."""
+
+    def __init__(self, refused: int = -1, failing: int = -1, lost: int = -1) -> None:
+        super().__init__()
+        self.refused, self.failing, self.lost = refused, failing, lost
+        self.taken, self.copied, self.passed = count(), count(), count()
+        self.held_bytes = self.peak_bytes = 0
+        self.closed = False
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if next(self.taken) == self.refused:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        found = super().empty(shape, dtype)
+        self.held_bytes += found.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        weakref.finalize(found, self._given_back, found.nbytes)
+        return found
+
+    def _given_back(self, size_bytes: int) -> None:
+        self.held_bytes -= size_bytes
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> float:
+        if next(self.copied) == self.failing:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+        return super().upload(target, source, after)
+
+    def stamp(self) -> float:
+        if self.lost >= 0 and next(self.passed) >= self.lost:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return super().stamp()
+
+    def synchronize(self) -> None:
+        if self.lost >= 0 and next(self.passed) >= self.lost:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_device_holds_no_more_than_was_planned(bundle, expected):
+    for tiers in tiers_of(bundle)[:7]:
+        streams = Counting()
+        chosen = settings(bundle, tiers, parts={"streams": streams})
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+            assert streams.peak_bytes <= fixed_bytes(bundle) + tiers[0]
+            assert session.device_stats().vram_bytes <= tiers[0]
+        assert streams.held_bytes == 0
+
+
+# --- faults --------------------------------------------------------------------------------------------
+
+
+def test_an_allocation_refused_anywhere_leaves_nothing_behind(bundle):
+    probe = Counting()
+    with DecoderSession.from_bundle(bundle, settings(bundle, tiers_of(bundle)[2], parts={"streams": probe})):
+        pass
+    for refused in range(next(probe.taken)):
+        streams = Counting(refused)
+        chosen = settings(bundle, tiers_of(bundle)[2], parts={"streams": streams})
+        with pytest.raises(DeviceError, match="out of memory"), DecoderSession.from_bundle(bundle, chosen):
+            pass
+        assert streams.held_bytes == 0
+        assert streams.closed
+
+
+@pytest.mark.parametrize("failing", [0, 3, 11])
+def test_a_failed_copy_is_told_and_the_session_lives_on(bundle, expected, failing):
+    streams = Counting(failing=failing)
+    chosen = settings(bundle, (2 * sizes_of(bundle)[0], ALL), parts={"streams": streams}, device_rule="upload")
+    with DecoderSession.from_bundle(bundle, chosen) as session:
+        said: list[int] = []
+        with pytest.raises(DeviceError, match="illegal memory access") as caught:
+            said.extend(session.generate(PROMPT, NEW))
+        assert "more lines" not in str(caught.value)
+        assert said == expected[: len(said)]
+        with pytest.raises(DeviceError, match="broken off"):
+            session.device_stats()
+        assert list(session.generate(PROMPT, NEW)) == expected
+
+
+def said_into(said: list[int]) -> Any:
+    """Return a greedy sampler that notes what it says."""
+
+    def choose(row: Any) -> int:
+        said.append(int(row.argmax()))
+        return said[-1]
+
+    return choose
+
+
+def test_a_lost_device_says_so_each_time_and_never_a_wrong_token(bundle, expected):
+    for lost in (0, 5, 40):
+        streams = Counting(lost=lost)
+        chosen = settings(bundle, tiers_of(bundle)[0], parts={"streams": streams})
+        with DecoderSession.from_bundle(bundle, chosen) as session:
+            for _ in range(2):
+                said: list[int] = []
+                with pytest.raises(DeviceError, match="launch failure"):
+                    list(session.generate(PROMPT, NEW, said_into(said)))
+                assert said == expected[: len(said)]
+
+
+class Unpinned(HostStreams):
+    """A device whose driver pins nothing."""
+
+    def host(self, size_bytes: int) -> HostMemory:
+        return super().host(size_bytes)._replace(problem="cudaHostRegister gave error 2")
+
+
+class Hearing:
+    """Keeps what progress is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def task(self, title: str, total: int) -> Any:
+        return Silent().task(title, total)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_memory_that_is_not_pinned_is_told_and_works(bundle, expected):
+    heard = Hearing()
+    chosen = settings(bundle, tiers_of(bundle)[2], parts={"streams": Unpinned()})
+    with DecoderSession.from_bundle(bundle, chosen, progress=heard) as session:
+        assert list(session.generate(PROMPT, NEW)) == expected
+        assert not session.device_stats().pinned
+    assert len(heard.notes) == 1
+    assert "not pinned (cudaHostRegister gave error 2)" in heard.notes[0]
+
+
+@pytest.mark.parametrize("tiers", [0, 2, 3])
+def test_a_read_error_is_told_and_the_session_lives_on(bundle, expected, tiers):
+    calls = count()
+
+    def failing(descriptor, buffers, offset):
+        if next(calls) == 9:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(descriptor, buffers, offset)
+
+    manifest = open_decoder_bundle(bundle).manifest
+    chosen, mover = settings(bundle, tiers_of(bundle)[tiers]), partial(Mover, read_into=failing)
+    with DecoderSession(bundle, manifest, chosen, mover=mover) as session:
+        with pytest.raises(DeviceError, match=r"reading layers\.\d\.experts\.\d failed"):
+            list(session.generate(PROMPT, NEW))
+        assert list(session.generate(PROMPT, NEW)) == expected
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])
+def test_a_damaged_expert_is_found_at_its_first_use(own, fault):
+    for path in (own / "experts" / "layer-2").iterdir():
+        if fault == "missing":
+            path.unlink()
+            continue
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 128
+        path.write_bytes(raw if fault == "flipped" else raw[:4096])
+    manifest = open_decoder_bundle(own).manifest if fault == "flipped" else None
+    if manifest is None:  # opening a bundle already finds sizes
+        with pytest.raises(BundleError):
+            open_decoder_bundle(own)
+        return
+    with (
+        DecoderSession(own, manifest, settings(own, tiers_of(own)[2])) as session,
+        pytest.raises(BundleError, match=r"layers\.2\.experts\.\d"),
+    ):
+        list(session.generate(PROMPT, NEW))
+
+
+def test_damaged_dense_parts_are_found_at_load(own):
+    manifest = open_decoder_bundle(own).manifest
+    chosen = settings(own, tiers_of(own)[2])
+    for file in {one.file for one in manifest.matrices if ".experts." not in one.name}:
+        raw = (own / file).read_bytes()
+        (own / file).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        with pytest.raises(BundleError, match=Path(file).name), DecoderSession(own, manifest, chosen):
+            pass
+        (own / file).write_bytes(raw)
+
+
+def test_what_cannot_be_is_refused(bundle, own):
+    one, _ = sizes_of(bundle)
+    for changes, kind, said in (
+        ({"device": "gpu"}, InputError, "'gpu' is unknown"),
+        ({"device_rule": "guess"}, InputError, "rule 'guess'"),
+        ({"device_precision": "fp8"}, InputError, "'fp8'"),
+        ({"vram_bytes": 0}, InputError, "0 bytes of the device"),
+        ({"vram_bytes": fixed_bytes(bundle) + one - 4096}, DeviceError, "the largest takes"),
+        ({"policy": "best"}, InputError, "'best'"),
+    ):
+        chosen = Settings(**{**vars(settings(bundle, tiers_of(bundle)[2])), **changes})
+        with pytest.raises(kind, match=said), DecoderSession.from_bundle(bundle, chosen):
+            pass
+    document = json.loads((own / "manifest.json").read_text())
+    (own / "manifest.json").write_text(json.dumps({**document, "backend": "tensorrt"}))
+    with pytest.raises(UnsupportedError, match="tensorrt"):
+        DecoderSession.from_bundle(own, settings(bundle, (ALL, ALL)))
+
+
+def test_numbers_of_a_device_are_asked_of_one_only(bundle):
+    with DecoderSession.from_bundle(bundle) as session, pytest.raises(DeviceError, match="on the processor"):
+        session.device_stats()
+
+
+def test_without_a_gpu_cuda_is_refused_in_one_line(bundle):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with (
+        pytest.raises(DeviceError, match="reaches no CUDA device"),
+        DecoderSession.from_bundle(bundle, Settings(device="cuda")),
+    ):
+        pass
+
+
+# --- the engine by itself ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(bundle):
+    manifest = open_decoder_bundle(bundle).manifest
+    store, kinds = open_experts(bundle, manifest)
+    made = DeviceEngine(
+        bundle, manifest, kinds, HostStreams(), TorchExperts(), dtype=torch.float32, context_tokens=64, chunk_tokens=8
+    )
+    made.load()
+    arena = made.arena(int(store.sizes.sum()))
+    made.memory.device_arena(int(store.sizes.sum()))
+    offsets, end = {}, 0
+    for key, expert in store.experts.items():
+        data = np.fromfile(expert.record.file, np.uint8)
+        arena[end : end + data.size] = data
+        offsets[key] = end
+        end += int(store.sizes[key])
+    yield made, store, offsets
+    made.close()
+
+
+def test_an_event_is_computed_in_any_order_and_place(engine, bundle):
+    made, store, offsets = engine
+    for key, offset in offsets.items():
+        made.bind(*key, store.experts[key].precision, offset)
+
+    def logits(order) -> Any:
+        waiting = made.forward(np.array(PROMPT[:8], np.int32), 0)
+        while waiting is not None:
+            order(waiting)
+            waiting = made.resume()
+        made.memory.forget()
+        for key, offset in offsets.items():
+            made.bind(*key, store.experts[key].precision, offset)
+        return made.logits()
+
+    def upload(layer: int, experts: Any) -> None:
+        for expert in experts:
+            made.memory.upload(layer, expert, offsets[layer, expert], made.streams.fence())
+
+    def all_there(waiting) -> None:
+        upload(waiting.layer, waiting.experts)
+
+    def one_by_one(waiting) -> None:
+        for expert in reversed(waiting.experts):
+            upload(waiting.layer, [expert])
+            made.compute([expert])
+            made.memory.drop(waiting.layer, expert)
+
+    def half_on_host(waiting) -> None:
+        made.compute_on_host(waiting.experts[::2])
+        upload(waiting.layer, waiting.experts[1::2])
+
+    wanted = logits(all_there)
+    assert np.array_equal(logits(one_by_one), wanted)
+    assert np.abs(logits(half_on_host) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.array_equal(logits(all_there), wanted)
+
+
+def test_calls_that_make_no_sense_are_refused(engine):
+    made, store, _ = engine
+    for tokens, position, said in (
+        ([], 0, "0 tokens"),
+        ([1] * 9, 0, "9 tokens at once"),
+        ([VOCABULARY], 0, f"there are {VOCABULARY}"),
+        ([-1], 0, "tokens -1"),
+        ([1], 1, "leaves a gap"),
+    ):
+        with pytest.raises(InputError, match=said):
+            made.forward(np.array(tokens, np.int32), position)
+    for call in (made.resume, made.logits, lambda: made.compute([0]), lambda: made.guess(1)):
+        with pytest.raises(InputError, match=r"begun|waits"):
+            call()
+    known = store.experts[1, 0].precision
+    for arguments in ((9, 0, known, 0), (1, EXPERTS, known, 0), (1, 0, known, 64), (1, 0, Precision.FP32, 0)):
+        with pytest.raises(InputError):
+            made.bind(*arguments)
+    fence = made.streams.fence()
+    for call in (
+        lambda: made.memory.upload(1, 0, 0, fence),
+        lambda: made.memory.slide(1, 0, 0),
+        lambda: made.memory.fetch(1, 0),
+        lambda: made.memory.host_record(1, 0),
+    ):
+        with pytest.raises(InputError, match=r"not (in|on) the"):
+            call()
+    waiting = made.forward(np.array([1], np.int32), 0)
+    assert waiting is not None
+    assert len(waiting.experts) == TOP_K
+    for call in (made.compute, made.compute_on_host):
+        with pytest.raises(InputError, match="not in the event or not where"):
+            call(waiting.experts)
+    assert made.guess(waiting.layer) == waiting.experts
+    with pytest.raises(InputError, match="waits for experts"):
+        made.logits()
+    with pytest.raises(InputError, match="no experts to guess"):
+        made.guess(0)
+    made.close()
+    made.close()
+    with pytest.raises(InputError, match="closed"):
+        made.forward(np.array([1], np.int32), 0)
+
+
+def test_reads_land_two_by_two_where_no_ram_tier_is():
+    assert LANDING_EXPERTS >= 4
+
+
+def test_silu_times_the_upper_half():
+    given = torch.tensor([[0.0, 2.0, 3.0, 5.0]])
+    wanted = [0.0, 2.0 / (1.0 + np.exp(-2.0)) * 5.0]
+    assert feed_forward(given)[0].tolist() == pytest.approx(wanted)
