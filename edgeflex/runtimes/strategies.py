@@ -9,8 +9,7 @@
 
 A ``Host`` serves one event after another and says how long each took. Copies ahead go in chunks, and one that has
 begun holds the link for a chunk at most when an upload comes; from its beginning it takes the slot of what leaves for
-it. Copies from VRAM back to RAM (exclusive tiers) use the link's other
-direction and cost nothing here.
+it. Copies from VRAM back to RAM (exclusive tiers) use the link's other direction and cost nothing here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from edgeflex.runtimes.reuse import ReusePolicy
 from edgeflex.runtimes.schedule import Scheduler, all_upload, fiddler, hybrimoe, static
 from edgeflex.runtimes.tiers import TieredCache, part_weights
 from edgeflex.runtimes.timeline import Active, Schedule, cost_of
-from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
