@@ -177,5 +177,5 @@ def test_memory_measured_twice_agrees_within_two_per_cent(bundle: Bundle) -> Non
 
 def test_a_failing_measurement_says_what_the_process_said(bundle: Bundle, tmp_path: Path) -> None:
     gone = type(bundle)(tmp_path / "gone", bundle.manifest)
-    with pytest.raises(DeviceError, match=r"ended with code 2: .*is not a folder"):
+    with pytest.raises(InputError, match=r"^bundle .*is not a folder"):
         measure_memory(gone)
