@@ -286,6 +286,8 @@ RUNTIMES = Table(
 )
 # What runs a backend's programs unless another is named.
 RUNTIME_OF = {"executorch": "executorch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
+# Those that compute on a GPU: what it holds is not the process's memory, and its rates decide the time.
+GPU_BACKENDS = frozenset({"tensorrt"})
 
 
 def runtime_of(backend: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgeflex.errors import InputError, UnsupportedError
+from edgeflex.registry import GPU_BACKENDS
 from edgeflex.schema import DeviceProfile, Format, FormatEdge, LayerShape, ModelGraph, Precision, Tier
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _roofline_s(profile: DeviceProfile, shape: LayerShape, precision: Precision)
 
 def engine_of(backend: str) -> Engine:
     """Return what a backend computes on."""
-    return "gpu" if backend == "tensorrt" else "cpu"
+    return "gpu" if backend in GPU_BACKENDS else "cpu"
 
 
 def _gpu_rate(profile: DeviceProfile, arithmetic: str) -> tuple[str, float] | None:

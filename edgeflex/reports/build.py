@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.bundle import program_bytes
 from edgeflex.errors import InputError
-from edgeflex.registry import runtime_of
+from edgeflex.registry import GPU_BACKENDS, RUNTIME_OF, runtime_of
 from edgeflex.schema import Check, Report, Tier
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DROP = "accuracy drop"
 _QUANTILES: dict[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "worst": 1.0}
-_PROCESSOR_BACKENDS = {"executorch", "onnx"}
 _MEMORY_NAMES = {Tier.HOST: "host memory", Tier.DEVICE: "device memory", Tier.FLASH: "flash"}
 
 
@@ -149,7 +148,7 @@ def _measured_memory(
     if result is None:
         return None, "not measured: run edgeflex bench"
     # A processor has one memory, whatever the tier is called; what a GPU allocates is not the process's.
-    if manifest.backend not in _PROCESSOR_BACKENDS:
+    if manifest.backend in GPU_BACKENDS or (tier is Tier.DEVICE and manifest.backend not in RUNTIME_OF):
         return None, "not measured: the run saw only the process's own memory"
     return result.peak_memory_bytes, "peak that the model added to the process"
 

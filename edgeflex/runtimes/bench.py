@@ -12,6 +12,7 @@ import numpy as np
 from edgeflex.bundle import program_bytes
 from edgeflex.errors import InputError
 from edgeflex.progress import Silent
+from edgeflex.registry import GPU_BACKENDS
 from edgeflex.runtimes import open_session
 from edgeflex.runtimes.measure import measure_memory
 from edgeflex.schema import BenchResult, Check, Conditions, Interval, Tier
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     Float32 = NDArray[np.float32]
 
-_ON_GPU = {"tensorrt"}
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "worst": 1.0}
 # A prediction of memory holds within this share of itself.
 MEMORY_TOLERANCE = 0.10
@@ -242,7 +242,7 @@ def _memory_checks(plan: Plan, memory: ModelMemory) -> list[Check]:
         if tier is not Tier.FLASH:
             expected = plan.predicted.memory_bytes.get(tier, promised)
             checks.append(_budget(f"{tier.value} memory", "bytes", limit, expected, memory.model_bytes))
-    if plan.backend not in _ON_GPU:
+    if plan.backend not in GPU_BACKENDS:
         return checks
     note = "the process does not see what the GPU holds"
     unseen = {"measured": 0.0, "ok": False, "was_measured": False, "note": note}

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from edgeflex.errors import DeviceError, InputError
+from edgeflex.errors import InputError
 from edgeflex.runtimes.cuda_attention import DeviceAttention
 from edgeflex.runtimes.cuda_memory import BATCH, ExpertMemory, device_bytes
 from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_weights import feed_forward, load_dense, restored
+from edgeflex.runtimes.engines import check_pass, not_finite
 from edgeflex.runtimes.native import Chosen, Missing, Times
 
 if TYPE_CHECKING:
@@ -214,7 +215,14 @@ class DeviceEngine:
         """
         dense = self._loaded()
         flat = np.ascontiguousarray(tokens, dtype=np.int32).reshape(-1)
-        self._check_tokens(flat, position)
+        check_pass(
+            flat,
+            position,
+            vocabulary=self._graph.vocabulary,
+            chunk_tokens=self._chunk_tokens,
+            context_tokens=self._context_tokens,
+            filled=self._filled,
+        )
         self._waiting = None
         self._filled = position  # until the pass is through, its keys do not count
         rows = np.ascontiguousarray(dense.embedding(flat))
@@ -294,7 +302,7 @@ class DeviceEngine:
             running.logits = dense.matrices["head"](self._norm(rows, "norm")).cpu().numpy()
             self._seconds[0] += self._clock() - start
             if not np.isfinite(running.logits).all():
-                raise _not_finite(len(self._graph.layers) - 1)
+                raise not_finite(len(self._graph.layers) - 1)
         return running.logits.copy() if running.every_logit else running.logits[0].copy()
 
     @_RUNNING
@@ -372,7 +380,7 @@ class DeviceEngine:
         top_k = weights.shape[1]
         told, experts = found[:, :top_k], found[:, top_k : 2 * top_k].astype(np.int32)
         if not np.isfinite(told).all():
-            raise _not_finite(layer)
+            raise not_finite(layer)
         self._log.append(Chosen(layer, experts, np.ascontiguousarray(told)))
         order, spans = _grouped_choices(experts)
         return _Waiting(
@@ -479,20 +487,6 @@ class DeviceEngine:
                 f"uses {waiting.union}. Mend the caller."
             )
 
-    def _check_tokens(self, tokens: NDArray[np.int32], position: int) -> None:
-        vocabulary = self._graph.vocabulary
-        faults = []
-        if not 0 < tokens.size <= self._chunk_tokens:
-            faults.append(f"{tokens.size} tokens at once; 1 to {self._chunk_tokens} are possible")
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            faults.append(f"tokens {tokens.min()} to {tokens.max()}; there are {vocabulary}")
-        if not 0 <= position <= self._filled:
-            faults.append(f"position {position} leaves a gap: the cache holds {self._filled} tokens")
-        if position + tokens.size > self._context_tokens:
-            faults.append(f"tokens up to position {position + tokens.size}; the context holds {self._context_tokens}")
-        if faults:
-            raise InputError.collect("the forward pass", faults)
-
     def _loaded(self) -> Dense:
         if self._dense is None:
             raise InputError("the decoder's weights are not loaded, or it was closed. Load them first.")
@@ -521,9 +515,3 @@ def _grouped_choices(experts: NDArray[np.int32]) -> tuple[NDArray[np.int64], dic
     ids, starts = np.unique(flat[order], return_index=True)
     ends = [*starts[1:].tolist(), flat.size]
     return order, dict(zip(ids.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
-
-
-def _not_finite(layer: int) -> DeviceError:
-    return DeviceError(
-        f"the weights give numbers that are not finite (layer {layer}). Check the bundle with `edgeflex verify`."
-    )

@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from edgeflex.errors import MissingDependencyError, UnsupportedError
+from edgeflex.errors import DeviceError, InputError, MissingDependencyError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -187,6 +187,48 @@ class _Open(Protocol):
         threads: int,
         progress: Progress,
     ) -> Opened: ...
+
+
+def check_pass(
+    tokens: NDArray[np.int32],
+    position: int,
+    *,
+    vocabulary: int,
+    chunk_tokens: int,
+    context_tokens: int,
+    filled: int,
+) -> None:
+    """Refuse a forward pass that an engine cannot do; all faults stand in one error.
+
+    Args:
+        tokens: Of the pass.
+        position: Of the first one.
+        vocabulary: How many tokens there are.
+        chunk_tokens: Most tokens of one pass.
+        context_tokens: Positions that keys and values have room for.
+        filled: Positions that hold some.
+
+    Raises:
+        InputError: Too many tokens or none, an unknown one, or a position that leaves a gap or the context.
+    """
+    faults = []
+    if not 0 < tokens.size <= chunk_tokens:
+        faults.append(f"{tokens.size} tokens at once; 1 to {chunk_tokens} are possible")
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        faults.append(f"tokens {tokens.min()} to {tokens.max()}; there are {vocabulary}")
+    if not 0 <= position <= filled:
+        faults.append(f"position {position} leaves a gap: the cache holds {filled} tokens")
+    if position + tokens.size > context_tokens:
+        faults.append(f"tokens up to position {position + tokens.size}; the context holds {context_tokens}")
+    if faults:
+        raise InputError.collect("the forward pass", faults)
+
+
+def not_finite(layer: int) -> DeviceError:
+    """Return the error of a layer whose numbers are not finite."""
+    return DeviceError(
+        f"the weights give numbers that are not finite (layer {layer}). Check the bundle with `edgeflex verify`."
+    )
 
 
 def require_engine(folder: Path, manifest: DecoderManifest) -> None:

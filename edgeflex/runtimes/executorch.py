@@ -19,7 +19,7 @@ from executorch.extension.pybindings import portable_lib
 from edgeflex.bundle import PROGRAM
 from edgeflex.errors import BundleError, DeviceError, InputError, UnsupportedError
 from edgeflex.files import read_bytes
-from edgeflex.runtimes.loop import Outcome, check_thresholds, walk
+from edgeflex.runtimes.loop import Outcome, check_input, check_thresholds, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +132,7 @@ class ExecutorchSession:
         if not 0 <= index < len(self._segments):
             raise InputError(f"segment {index}: there are segments 0 to {len(self._segments) - 1}. Name one.")
         segment = self._segments[index]
-        _check_input(x, segment.input_shape, f"segment {index}", segment.input_dtype)
+        check_input(x, segment.input_shape, f"segment {index}", segment.input_dtype)
         activations, probabilities, _ = self._step(index, _tensor(x))
         last = index == len(self._segments) - 1
         return None if last else activations.numpy().copy(), probabilities.numpy()[0].copy()
@@ -141,7 +141,7 @@ class ExecutorchSession:
         """Run segments until one may be left; see ``Session.infer``."""
         check_thresholds(thresholds, len(self._segments))
         if x.shape != self._input_shape or x.dtype != np.float32:
-            _check_input(x, self._input_shape, "the input")
+            check_input(x, self._input_shape, "the input")
         index, probabilities, confidence = walk(self._step, _tensor(x), thresholds)
         return Outcome(index, probabilities.numpy()[0].copy(), confidence)
 
@@ -318,11 +318,3 @@ def _largest(probabilities: torch.Tensor) -> float:
     if probabilities.numel() <= _FEW_CLASSES:
         return max(probabilities.tolist()[0])
     return probabilities.max().item()
-
-
-def _check_input(x: Float32, shape: Sequence[int], what: str, dtype: str = "float32") -> None:
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
-        raise InputError(
-            f"{what} is {x.dtype} {list(x.shape)}; {dtype} {list(shape)} is needed. "
-            "Prepare it with the bundle's preprocessing."
-        )

@@ -108,3 +108,16 @@ def check_thresholds(thresholds: Sequence[float | None], count: int) -> None:
         raise InputError(
             f"{len(thresholds)} thresholds for {count} segments. Give one per segment; None never leaves there."
         )
+
+
+def check_input(x: NDArray[Any], shape: Sequence[int], what: str, dtype: str = "float32") -> None:
+    """Refuse an input of another shape or type than a segment takes.
+
+    Raises:
+        InputError: It is; ``what`` names the input.
+    """
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+        raise InputError(
+            f"{what} is {x.dtype} {list(x.shape)}; {dtype} {list(shape)} is needed. "
+            "Prepare it with the bundle's preprocessing."
+        )

@@ -17,6 +17,7 @@ import numpy as np
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import sha256_file
 from edgeflex.runtimes.dense import read_dense
+from edgeflex.runtimes.engines import check_pass, not_finite
 from edgeflex.runtimes.native import ALIGNMENT_BYTES, Chosen, Missing, Times
 from edgeflex.runtimes.onnx_stages import ExpertTemplate, KeyValues, Stage, check_files, onnxruntime, programs_of
 from edgeflex.runtimes.packed import raw_parts
@@ -257,7 +258,14 @@ class OnnxEngine:
         """
         stages = self._loaded()
         flat = np.ascontiguousarray(tokens, dtype=np.int32).reshape(-1)
-        self._check_tokens(flat, position)
+        check_pass(
+            flat,
+            position,
+            vocabulary=self._graph.vocabulary,
+            chunk_tokens=self._chunk_tokens,
+            context_tokens=self._context_tokens,
+            filled=self._filled,
+        )
         self._waiting = None
         self._filled = position  # until the pass is through, its keys do not count
         self._pass = _Pass(position, stages.embedding(flat), every_logit)
@@ -374,7 +382,7 @@ class OnnxEngine:
                 self._compute(waiting, expert)
             self._end_event(running, waiting)
         if not np.isfinite(running.hidden).all():
-            raise _not_finite(len(self._graph.layers) - 1)
+            raise not_finite(len(self._graph.layers) - 1)
         running.ended = True
         self._filled = running.position + len(running.hidden)
         return None
@@ -403,7 +411,7 @@ class OnnxEngine:
         self, layer: int, residual: Float32, normed: Float32, weights: Float32, chosen: NDArray[np.int64]
     ) -> _Waiting:
         if not np.isfinite(weights).all():
-            raise _not_finite(layer)
+            raise not_finite(layer)
         experts = chosen.astype(np.int32)
         union = tuple(np.unique(experts).tolist())
         self._log.append(Chosen(layer, experts, weights))
@@ -444,20 +452,6 @@ class OnnxEngine:
         lacking = [one for one in waiting.union if one in waiting.open and (waiting.layer, one) not in self._bound]
         return Missing(waiting.layer, waiting.union, tuple(lacking))
 
-    def _check_tokens(self, tokens: NDArray[np.int32], position: int) -> None:
-        vocabulary = self._graph.vocabulary
-        faults = []
-        if not 0 < tokens.size <= self._chunk_tokens:
-            faults.append(f"{tokens.size} tokens at once; 1 to {self._chunk_tokens} are possible")
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            faults.append(f"tokens {tokens.min()} to {tokens.max()}; there are {vocabulary}")
-        if not 0 <= position <= self._filled:
-            faults.append(f"position {position} leaves a gap: the cache holds {self._filled} tokens")
-        if position + tokens.size > self._context_tokens:
-            faults.append(f"tokens up to position {position + tokens.size}; the context holds {self._context_tokens}")
-        if faults:
-            raise InputError.collect("the forward pass", faults)
-
     def _loaded(self) -> _Stages:
         if self._stages is None:
             raise InputError("the decoder's stages are not loaded, or it was closed. Load them first.")
@@ -493,9 +487,3 @@ class OnnxEngine:
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror or error}. {_REMEDY}") from None
         return values.reshape(matrix.rows, matrix.columns)
-
-
-def _not_finite(layer: int) -> DeviceError:
-    return DeviceError(
-        f"the weights give numbers that are not finite (layer {layer}). Check the bundle with `edgeflex verify`."
-    )

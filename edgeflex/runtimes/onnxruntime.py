@@ -24,7 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as binding_errors
 from edgeflex.bundle import PROGRAM_PART
 from edgeflex.errors import BundleError, DeviceError, EdgeflexError, InputError, UnsupportedError
 from edgeflex.runtimes.cuda_driver import driver_problem
-from edgeflex.runtimes.loop import Outcome, check_thresholds, walk
+from edgeflex.runtimes.loop import Outcome, check_input, check_thresholds, walk
 from edgeflex.runtimes.onnx_types import FP8_TYPES, INT4_TYPES, INT8_TYPES, element_types
 from edgeflex.runtimes.segments import all_exits
 
@@ -232,7 +232,7 @@ class OnnxruntimeSession:
         """Run one segment by itself; see ``Session.segment``."""
         if not 0 <= index < len(self._segments):
             raise InputError(f"segment {index}: there are segments 0 to {len(self._segments) - 1}. Name one.")
-        _check_input(x, self._segments[index].input_shape, f"segment {index}")
+        check_input(x, self._segments[index].input_shape, f"segment {index}")
         self._write(index, x)
         _, probabilities, _ = self._step(index, None)
         activations = self._loaded[index].activations
@@ -242,7 +242,7 @@ class OnnxruntimeSession:
         """Run segments until one may be left; see ``Session.infer``."""
         check_thresholds(thresholds, len(self._segments))
         if x.shape != self._input_shape or x.dtype != np.float32:
-            _check_input(x, self._input_shape, "the input")
+            check_input(x, self._input_shape, "the input")
         self._write(0, x)
         index, probabilities, confidence = walk(self._step, None, thresholds)
         return Outcome(index, probabilities[0].copy(), confidence)
@@ -524,11 +524,3 @@ def _largest(probabilities: Float32) -> float:
     if probabilities.size <= _FEW_CLASSES:
         return max(probabilities.tolist()[0])
     return float(probabilities.max())
-
-
-def _check_input(x: Float32, shape: Sequence[int], what: str) -> None:
-    if tuple(x.shape) != tuple(shape) or x.dtype != np.float32:
-        raise InputError(
-            f"{what} is {x.dtype} {list(x.shape)}; float32 {list(shape)} is needed. "
-            "Prepare it with the bundle's preprocessing."
-        )

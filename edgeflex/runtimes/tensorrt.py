@@ -21,7 +21,7 @@ import numpy as np
 from edgeflex.errors import BundleError, DeviceError, InputError, UnsupportedError
 from edgeflex.files import read_bytes
 from edgeflex.runtimes.cuda_driver import CudaContext, host_view
-from edgeflex.runtimes.loop import Outcome, check_thresholds, walk
+from edgeflex.runtimes.loop import Outcome, check_input, check_thresholds, walk
 from edgeflex.runtimes.tensorrt_build import created, engines_for, messages_of, open_machine, read_recipe, said
 from edgeflex.schema import Tier
 
@@ -189,7 +189,7 @@ class TensorrtSession:
             raise InputError(f"segment {index}: there are segments 0 to {len(self._segments) - 1}. Name one.")
         cuda = self._ready()
         shape = self._segments[index].input_shape
-        _check_input(x, shape, f"segment {index}")
+        check_input(x, shape, f"segment {index}")
         np.copyto(host_view(self._staging, shape), x)
         if index:  # the first segment fetches its input itself
             cuda.upload(self._stages[index].x, self._staging, x.size * _FLOAT_BYTES, self._stream)
@@ -201,7 +201,7 @@ class TensorrtSession:
         check_thresholds(thresholds, len(self._segments))
         self._ready()
         shape = self._segments[0].input_shape
-        _check_input(x, shape, "the input")
+        check_input(x, shape, "the input")
         np.copyto(self._image, x)
         index, _, confidence = walk(self._step, None, thresholds)
         return Outcome(index, self._row(index), confidence)
@@ -424,11 +424,3 @@ def _check_shapes(held: dict[str, tuple[int, ...]], segment: SegmentProgram, fol
 
 def _bytes(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * _FLOAT_BYTES
-
-
-def _check_input(x: Float32, shape: Sequence[int], what: str) -> None:
-    if tuple(x.shape) != tuple(shape) or x.dtype != np.float32:
-        raise InputError(
-            f"{what} is {x.dtype} {list(x.shape)}; float32 {list(shape)} is needed. "
-            "Prepare it with the bundle's preprocessing."
-        )
