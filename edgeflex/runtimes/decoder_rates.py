@@ -1,8 +1,10 @@
 """What this machine does with a decoder's shapes: matrices from memory, everything beside them, and the disk.
 
-Matrices are timed one shape and precision at a time over as many copies as no cache holds, since a decoder's
-weights come from memory; what is beside them (attention, norms, routing, the loop) on a short decoder of the same
-shape, whose own matrices are taken off. Reads go through the runtime's own readers, in records as large as an expert.
+Matrices are timed one shape and precision at a time over as many copies as the decoder has weights, since those of a
+large one come from memory and part of a small one's stays in the processor's caches; each is timed in two passes, far
+apart, and the quicker stands, so that another program's spell is not taken for the machine. What is beside them
+(attention, norms, routing, the loop) is timed on a short decoder of the same shape, whose own matrices are taken off.
+Reads go through the runtime's own readers, in records as large as an expert, with the pauses of a decoder between.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 import os
 import tempfile
 import time
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +28,7 @@ from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS, DecoderRates, MatrixRate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,6 +39,13 @@ if TYPE_CHECKING:
 
 ROWS_IN = (1, 4, 16, 64, 256)
 _READ_BYTES = 256 << 20  # larger than what a disk's own cache gives back at once
+_MOST_WALKED_BYTES = 128 << 20  # more than the last cache of any supported board
+_WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.INT8_DYNAMIC: 1.0, Precision.INT4_GROUP32: 0.5}
+_PASSES = 2
+_BATCHES = (1, 2, 4)  # experts that one event of a layer misses
+_BATCH_REPEATS = 24
+_LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less is the rounding of sums
+_PAUSE_S = 2e-4  # about what a layer computes between two reads
 _LAYERS = 2
 _DECODED = 24
 
@@ -77,19 +87,21 @@ def measure_rates(
         for rows_in in ROWS_IN
         for count in threads
     ]
-    matrices = []
-    with heard.task("Measuring matrices", len(jobs)) as advance:
-        for (rows, columns), precision, rows_in, count in jobs:
-            seconds = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count)
-            matrices.append(
-                MatrixRate(
-                    rows=rows, columns=columns, precision=precision, rows_in=rows_in, threads=count, seconds=seconds
-                )
-            )
+    seconds = dict.fromkeys(jobs, inf)
+    with heard.task("Measuring matrices", _PASSES * len(jobs)) as advance:
+        for job in _PASSES * jobs:
+            (rows, columns), precision, rows_in, count = job
+            walked = walked_bytes(graph, precision)
+            took_s = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count, total_bytes=walked)
+            seconds[job] = min(seconds[job], took_s)
             advance(1)
+    matrices = [
+        MatrixRate(rows=rows, columns=columns, precision=precision, rows_in=rows_in, threads=count, seconds=took_s)
+        for ((rows, columns), precision, rows_in, count), took_s in seconds.items()
+    ]
     other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
-    record_bytes = _expert_bytes(graph)
-    rate, first_rate, latency_s = _reads(folder, record_bytes, clock)
+    record_bytes = expert_bytes(graph)
+    rate, first_rate, latency_s = measure_reads(folder, record_bytes, clock)
     return DecoderRates(
         device=device,
         matrices=tuple(matrices),
@@ -103,7 +115,13 @@ def measure_rates(
     )
 
 
-def _expert_bytes(graph: DecoderGraph) -> int:
+def walked_bytes(graph: DecoderGraph, precision: Precision) -> int:
+    """Return the bytes of weights that a matrix is timed over: all of the decoder's, or what no cache holds."""
+    whole = sum(rows * columns for rows, columns in graph.matrix_shapes().values())
+    return min(_MOST_WALKED_BYTES, int(whole * _WEIGHT_BYTES[precision]))
+
+
+def expert_bytes(graph: DecoderGraph) -> int:
     """Return the bytes that one int4 (or else int8) expert is read in."""
     inner = max(layer.expert_dim for layer in graph.layers)
     hidden = graph.hidden_dim
@@ -195,8 +213,17 @@ def _random_weights(engine: Engine, graph: DecoderGraph) -> list[NDArray[np.uint
 # --- reads ------------------------------------------------------------------------------------------------
 
 
-def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float, float]:
-    """Return bytes per second of records in flight, plain and checked, and the seconds of the smallest read."""
+def measure_reads(folder: Path, record_bytes: int, clock: Clock = time.perf_counter) -> tuple[float, float, float]:
+    """Return bytes per second of records in flight, plain and checked, and the seconds that any read begins with.
+
+    Args:
+        folder: On the disk; a file is written there and removed.
+        record_bytes: Of one read.
+        clock: Gives seconds.
+
+    Raises:
+        DeviceError: The disk is full or fails.
+    """
     count = max(4, _READ_BYTES // record_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     block = np.random.default_rng(0).bytes(1 << 20)
@@ -214,10 +241,17 @@ def _reads(folder: Path, record_bytes: int, clock: Clock) -> tuple[float, float,
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         memory = private_pages(4 * record_bytes)
         with Mover(memory, direct=takes_direct(path)) as mover:
-            rate = _rate(mover, [_record(path, int(place), record_bytes) for place in order[:half]], clock)
+            places = _batches(order[:half], record_bytes)
+            seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
+            for batch in places:
+                time.sleep(_PAUSE_S)
+                records = [_record(path, int(place), record_bytes) for place in batch]
+                seconds[len(batch)].append(_read_s(mover, records, clock))
+            latency_s, rate = read_line(
+                {count: float(np.median(took)) for count, took in seconds.items()}, record_bytes
+            )
             checked = [_record(path, place, record_bytes, digest) for place, digest in digests.items()]
             first_rate = _rate(mover, checked, clock)
-            latency_s = _latency_s(mover, path, order, record_bytes, clock)
     return rate, first_rate, latency_s
 
 
@@ -230,29 +264,47 @@ def _digests(path: Path, places: NDArray[np.intp], record_bytes: int) -> dict[in
     return found
 
 
+def _batches(order: NDArray[np.intp], record_bytes: int) -> list[NDArray[np.intp]]:
+    """Return which records are read together: batches of each size in turn, about ``_READ_BYTES`` in all."""
+    turn_bytes = sum(_BATCHES) * record_bytes
+    turns = int(np.clip(2 * _READ_BYTES // turn_bytes, 3, _BATCH_REPEATS))
+    ends = np.cumsum(np.tile(_BATCHES, turns))
+    return [
+        np.take(order, np.arange(end - count, end), mode="wrap")
+        for end, count in zip(ends, _BATCHES * turns, strict=True)
+    ]
+
+
+def read_line(seconds: Mapping[int, float], record_bytes: int) -> tuple[float, float]:
+    """Return latency in seconds and bytes per second of the line through what batches of records took.
+
+    Args:
+        seconds: By number of records read at once, at least two numbers.
+        record_bytes: Of one record.
+    """
+    counts, took = np.array(list(seconds), float), np.array(list(seconds.values()))
+    slope, latency_s = np.polyfit(counts, took, 1)
+    # noise, or reads that wait for each other no more: the line through no latency at all
+    if latency_s < 0.0 or slope < _LEAST_SLOPE * took.max() / counts.max():
+        return 0.0, record_bytes * float(counts @ counts) / float(counts @ took)
+    return float(latency_s), record_bytes / float(slope)
+
+
 def _rate(mover: Mover, records: Sequence[Record], clock: Clock) -> float:
-    """Read records in batches of up to four, as the experts of a layer are, and return the median batch's rate."""
-    rates = []
-    for first in range(0, len(records), 4):
-        batch = records[first : first + 4]
-        start = clock()
-        reads = [
-            mover.submit(record, slot * record.size_bytes, check=bool(record.sha256))
-            for slot, record in enumerate(batch)
-        ]
-        for read in reads:
-            read.wait()
-        rates.append(sum(record.size_bytes for record in batch) / (clock() - start))
-    return float(np.median(rates))
+    """Read records in batches of up to four, one behind the other as a prompt's are, and return the median rate."""
+    batches = [records[first : first + 4] for first in range(0, len(records), 4)]
+    return float(np.median([sum(one.size_bytes for one in batch) / _read_s(mover, batch, clock) for batch in batches]))
 
 
-def _latency_s(mover: Mover, path: Path, order: NDArray[np.intp], record_bytes: int, clock: Clock) -> float:
-    seconds = []
-    for place in order[:64]:
-        start = clock()
-        mover.submit(Record("block", path, int(place) * record_bytes, BLOCK_BYTES, ""), 0, check=False).wait()
-        seconds.append(clock() - start)
-    return float(np.median(seconds))
+def _read_s(mover: Mover, batch: Sequence[Record], clock: Clock) -> float:
+    """Return the seconds of reading records at once."""
+    start = clock()
+    reads = [
+        mover.submit(record, slot * record.size_bytes, check=bool(record.sha256)) for slot, record in enumerate(batch)
+    ]
+    for read in reads:
+        read.wait()
+    return clock() - start
 
 
 def _record(path: Path, place: int, record_bytes: int, sha256: str = "") -> Record:

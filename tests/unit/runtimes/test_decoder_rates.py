@@ -1,0 +1,47 @@
+"""What the disk gives a decoder: the line through reads, and how much is walked to time a matrix."""
+
+from pathlib import Path
+
+import pytest
+
+from edgeflex.runtimes.decoder_rates import measure_reads, read_line, walked_bytes
+from edgeflex.schema import Precision
+from tests.tiny_decoder import tiny_graph
+
+
+def test_a_line_gives_back_the_latency_and_the_rate_that_made_it() -> None:
+    latency_s, rate = read_line({count: 150e-6 + count * 1e6 / 8e8 for count in (1, 2, 4)}, 1_000_000)
+    assert latency_s == pytest.approx(150e-6)
+    assert rate == pytest.approx(8e8)
+
+
+def test_times_that_fall_below_the_origin_give_no_latency_below_zero() -> None:
+    # least squares through the origin: (1 * 1 + 2 * 3) / (1 * 1 + 2 * 2) seconds a record
+    latency_s, rate = read_line({1: 1.0, 2: 3.0}, 7)
+    assert latency_s == 0.0
+    assert rate == pytest.approx(7 / (7 / 5))
+
+
+def test_times_that_do_not_grow_still_give_a_finite_rate() -> None:
+    latency_s, rate = read_line({1: 2.0, 2: 2.0, 4: 2.0}, 14)
+    assert latency_s == 0.0
+    assert rate == pytest.approx(14 / (2.0 * 7 / 21))
+
+
+def test_a_matrix_is_timed_over_the_decoders_own_bytes_and_no_more_than_no_cache_holds() -> None:
+    graph = tiny_graph()
+    weights = sum(rows * columns for rows, columns in graph.matrix_shapes().values())
+    assert walked_bytes(graph, Precision.INT4_GROUP32) == weights // 2
+    assert walked_bytes(graph, Precision.FP32) == 4 * weights
+    large = graph.model_copy(update={"vocabulary": 1 << 22})
+    assert walked_bytes(large, Precision.INT8_DYNAMIC) == 128 << 20
+
+
+def test_reads_are_measured_with_what_the_clock_says_and_leave_no_file(tmp_path: Path) -> None:
+    ticks = iter(range(10**6))
+    rate, checked_rate, latency_s = measure_reads(tmp_path, 1 << 20, lambda: float(next(ticks)))
+    # every batch takes one tick, whatever its records: no slope, so the rate is that of a line through the origin
+    assert latency_s == 0.0
+    assert rate == pytest.approx((1 << 20) * 21 / 7)
+    assert checked_rate == pytest.approx(4 << 20)
+    assert not list(tmp_path.iterdir())
