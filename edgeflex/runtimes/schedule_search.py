@@ -276,6 +276,10 @@ def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -
     proven = best.within(_SAME)
     if not proven and not best.near(large=large) and len(event.free) <= (_EXACT_READS if event.flash else _EXACT_JOBS):
         proven = _DeepSearch(best, bounds, effort).run()
+        if not proven and not large:  # the effort was spent: what is near the best may still be better
+            best.budget = best.tries + _TRIES
+            for ranking in _rankings(event):
+                _improve(best, ranking)
     if not proven and (event.flash or event.contended):
         _polish(best)
     return best.found(proven=proven)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeflex.errors import InputError
@@ -355,15 +355,16 @@ def test_no_rule_ends_earlier(count):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.floats(1.01, 4.0))
+@example(38992, 2.0)  # spends the effort of the exact search
 def test_a_quicker_resource_never_ends_later(seed, factor):
     draw = random.Random(seed)
     active, curves = random_event(draw, draw.randint(1, 7), ("gpu", "ram", "ram", "flash"), contended=False)
-    span_s = schedule(active, curves).span_s
+    span_s = schedule(active, curves, effort=10**6).span_s
     for resource in ("gpu", "cpu", "link", "disk"):
-        assert schedule(active, curves.scaled(**{resource: 1 / factor})).span_s <= span_s * (1 + 1e-8)
+        assert schedule(active, curves.scaled(**{resource: 1 / factor}), effort=10**6).span_s <= span_s * (1 + 1e-8)
     if "ram" in {one.place for one in active}:
         nearer = [replace(one, place="gpu", ram_copy=True) if one.place == "ram" else one for one in active]
-        assert schedule(nearer, curves).span_s <= span_s * (1 + 1e-8)
+        assert schedule(nearer, curves, effort=10**6).span_s <= span_s * (1 + 1e-8)
 
 
 @settings(deadline=None, max_examples=60)
