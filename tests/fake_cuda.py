@@ -1,7 +1,8 @@
 """A stand-in for the CUDA driver's library: same functions, same ctypes arguments, device memory as NumPy arrays.
 
 Work is queued and done at ``cuStreamSynchronize``, as on a device, so that reading before waiting gives rubbish. Fresh
-memory is rubbish. Every access is checked against what is allocated; ``alive`` says what was not given back.
+memory is rubbish. Every access is checked against what is allocated; ``alive`` says what was not given back. Pages of
+the host that the device shares have another address there.
 """
 
 # ruff: noqa: N802 - the names are the driver's
@@ -9,6 +10,7 @@ memory is rubbish. Every access is checked against what is allocated; ``alive`` 
 from __future__ import annotations
 
 import ctypes
+import time
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,9 @@ NAMES = {
     3: b"CUDA_ERROR_NOT_INITIALIZED",
     100: b"CUDA_ERROR_NO_DEVICE",
     201: b"CUDA_ERROR_INVALID_CONTEXT",
+    600: b"CUDA_ERROR_NOT_READY",
     700: b"CUDA_ERROR_ILLEGAL_ADDRESS",
+    801: b"CUDA_ERROR_NOT_SUPPORTED",
     900: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
     901: b"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
     999: b"CUDA_ERROR_UNKNOWN",
@@ -54,6 +58,14 @@ class Device:
         self.attributes = {"major": capability[0], "minor": capability[1], "integrated": int(integrated)}
 
 
+class _Mark:
+    """One recording of an event: done when its stream has come there."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+        self.done_s: float | None = None
+
+
 class FakeCuda:
     """``fail`` maps a function to (which call of it, counted from 1; the error code that it returns)."""
 
@@ -69,7 +81,10 @@ class FakeCuda:
         self.fail = dict(fail or {})
         self.calls: list[str] = []
         self.device_memory: dict[int, np.ndarray] = {}
-        self.host_memory: dict[int, Any] = {}
+        self.host_memory: dict[int, tuple[Any, int]] = {}  # what keeps it, and its size
+        self.registered: dict[int, int] = {}
+        self.shared: dict[int, tuple[int, int]] = {}  # the device's address: the host's, and the size
+        self.marks: dict[int, _Mark] = {}
         self.handles: dict[int, str] = {}
         self.queues: dict[int, list[Callable[[], None]]] = {}
         self.captures: dict[int, list[Callable[[], None]]] = {}
@@ -96,6 +111,7 @@ class FakeCuda:
         """What was not given back."""
         left = [f"device memory {address:#x}" for address in self.device_memory]
         left += [f"pinned memory {address:#x}" for address in self.host_memory]
+        left += [f"registered memory {address:#x}" for address in self.registered]
         left += [f"{kind} {handle:#x}" for handle, kind in self.handles.items()]
         return left + ["context"] * self.retained
 
@@ -106,6 +122,10 @@ class FakeCuda:
         size = int(np.prod(shape)) * 4
         return self._device_bytes(address, size).view(np.float32).reshape(shape)
 
+    def bytes_at(self, address: int, size: int) -> np.ndarray:
+        """Return device memory, or pages of the host that the device shares, as bytes over it."""
+        return self._device_bytes(address, size)
+
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Queue work, or record it where the stream is captured."""
         assert stream in self.queues, "no such stream"
@@ -115,18 +135,28 @@ class FakeCuda:
         for start, memory in self.device_memory.items():
             if start <= address and address + size <= start + memory.nbytes:
                 return memory[address - start : address - start + size]
+        for start, (host, held) in self.shared.items():
+            if start <= address and address + size <= start + held:
+                raw = memoryview((ctypes.c_char * size).from_address(host + address - start))
+                return np.frombuffer(raw, dtype=np.uint8, count=size)
         raise AssertionError(f"{size} bytes at {address:#x} are not allocated on the device")
 
     def _host_check(self, address: int, size: int) -> None:
-        for start, memory in self.host_memory.items():
-            if start <= address and address + size <= start + ctypes.sizeof(memory):
-                return
+        held = {**{start: size for start, (_, size) in self.host_memory.items()}, **self.registered}
+        if any(start <= address and address + size <= start + length for start, length in held.items()):
+            return
         raise AssertionError(f"{size} bytes at {address:#x} are not pinned")
 
     def _handle(self, kind: str) -> int:
-        self._next += 0x1000
-        self.handles[self._next] = kind
-        return self._next
+        handle = self._room(1)
+        self.handles[handle] = kind
+        return handle
+
+    def _room(self, size: int) -> int:
+        """Return an address with ``size`` bytes behind it that nothing else has, and a gap after them."""
+        place = self._next
+        self._next += (size + 0xFFF) // 0x1000 * 0x1000 + 0x1000
+        return place
 
     def _lost(self) -> int:
         return 0 if self.current.get(get_ident()) == CONTEXT and self.retained else 201
@@ -193,9 +223,9 @@ class FakeCuda:
     def cuMemAlloc_v2(self, address: Any, size: Any) -> int:
         if code := self._lost():
             return code
-        self._next += (_number(size) + 0xFFF) // 0x1000 * 0x1000 + 0x1000
-        self.device_memory[self._next] = np.full(_number(size), RUBBISH, dtype=np.uint8)
-        _set(address, self._next)
+        place = self._room(_number(size))
+        self.device_memory[place] = np.full(_number(size), RUBBISH, dtype=np.uint8)
+        _set(address, place)
         return 0
 
     def cuMemFree_v2(self, address: Any) -> int:
@@ -207,16 +237,40 @@ class FakeCuda:
     def cuMemHostAlloc(self, address: Any, size: Any, flags: Any) -> int:
         if code := self._lost():
             return code
-        memory = (ctypes.c_char * _number(size))()
-        place = ctypes.addressof(memory)
+        memory = (ctypes.c_char * (_number(size) + 0x1000))()
+        place = -(-ctypes.addressof(memory) // 0x1000) * 0x1000  # pages, as the driver's are
         ctypes.memset(place, RUBBISH, _number(size))
-        self.host_memory[place] = memory
+        self.host_memory[place] = (memory, _number(size))
         _set(address, place)
         return 0
 
     def cuMemFreeHost(self, address: Any) -> int:
         del self.host_memory[_number(address)]
+        self._unshare(_number(address))
         return 0
+
+    def cuMemHostRegister_v2(self, address: Any, size: Any, flags: Any) -> int:
+        if code := self._lost():
+            return code
+        assert _number(address) % 0x1000 == _number(size) % 0x1000 == 0, "no whole pages"
+        self.registered[_number(address)] = _number(size)
+        return 0
+
+    def cuMemHostUnregister(self, address: Any) -> int:
+        del self.registered[_number(address)]
+        self._unshare(_number(address))
+        return 0
+
+    def cuMemHostGetDevicePointer_v2(self, device: Any, host: Any, flags: Any) -> int:
+        place = _number(host)
+        size = self.registered[place] if place in self.registered else self.host_memory[place][1]
+        seen = self._room(size)
+        self.shared[seen] = (place, size)
+        _set(device, seen)
+        return 0
+
+    def _unshare(self, place: int) -> None:
+        self.shared = {start: held for start, held in self.shared.items() if held[0] != place}
 
     def cuMemsetD8Async(self, address: Any, value: Any, size: Any, stream: Any) -> int:
         memory = self._device_bytes(_number(address), _number(size))
@@ -237,6 +291,35 @@ class FakeCuda:
         memory, target, count = self._device_bytes(_number(device), _number(size)), _number(host), _number(size)
         self._host_check(target, count)
         self.submit(_number(stream), lambda: _move(target, memory.ctypes.data, count))
+        return 0
+
+    def cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:
+        if code := self._lost():
+            return code
+        memory, count = self._device_bytes(_number(target), _number(size)), _number(size)
+        given = self._device_bytes(_number(source), count)
+        self.submit(_number(stream), lambda: _move(memory.ctypes.data, given.ctypes.data, count))
+        return 0
+
+    def cuMemcpy2DAsync_v2(self, reference: Any, stream: Any) -> int:
+        if code := self._lost():
+            return code
+        spec = reference._obj
+        assert spec.src_type == spec.dst_type == 2, "only within the device"
+        assert spec.width_bytes <= min(spec.src_pitch, spec.dst_pitch), "rows overlap"
+        sides = []
+        for start, pitch in ((spec.dst_device, spec.dst_pitch), (spec.src_device, spec.src_pitch)):
+            extent = (spec.height - 1) * pitch + spec.width_bytes
+            sides.append((self._device_bytes(start, extent).ctypes.data, pitch, extent))
+        (target, over, size), (source, down, other) = sides
+        assert target + size <= source or source + other <= target, "source and target overlap"
+        width, height = spec.width_bytes, spec.height
+
+        def work() -> None:
+            for row in range(height):
+                _move(target + row * over, source + row * down, width)
+
+        self.submit(_number(stream), work)
         return 0
 
     # --- streams and events --------------------------------------------------------------------------
@@ -269,14 +352,33 @@ class FakeCuda:
 
     def cuEventRecord(self, event: Any, stream: Any) -> int:
         assert self.handles[_number(event)] == "event"
-        self.submit(_number(stream), lambda: None)
-        return 0
+        mark = self.marks[_number(event)] = _Mark(_number(stream))
+
+        def happen() -> None:
+            mark.done_s = time.perf_counter()
+
+        self.submit(_number(stream), happen)
+        return self._lost()
+
+    def cuStreamWaitEvent(self, stream: Any, event: Any, flags: Any) -> int:
+        mark = self.marks[_number(event)]
+        self.submit(_number(stream), lambda: self._reach(mark))
+        return self._lost()
 
     def cuEventSynchronize(self, event: Any) -> int:
-        return 0
+        if _number(event) in self.marks:
+            self._reach(self.marks[_number(event)])
+        return self._lost()
+
+    def _reach(self, mark: _Mark) -> None:
+        while mark.done_s is None:
+            self.queues[mark.stream].pop(0)()
 
     def cuEventElapsedTime(self, milliseconds: Any, start: Any, end: Any) -> int:
-        milliseconds._obj.value = 2.5
+        first, last = (self.marks[_number(one)].done_s for one in (start, end))
+        if first is None or last is None:
+            return 600
+        milliseconds._obj.value = (last - first) * 1e3
         return 0
 
     # --- graphs --------------------------------------------------------------------------------------

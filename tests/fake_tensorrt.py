@@ -2,12 +2,15 @@
 
 ``FakeTensorrt("11.0", cuda)`` is the module. A name that the version lacks raises AttributeError, as does setting one,
 and what is used is written down in ``calls`` and ``touched``. "ONNX" files are JSON with the tensors of the graph,
-or real ones. ``functions`` give what the engine of a graph computes; ``fail`` names what goes wrong.
+or real ones. ``functions`` give what the engine of a graph computes; a real graph without a function is run as
+it is. ``fail`` names what goes wrong.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from enum import IntEnum
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 _NAMES = json.loads((Path(__file__).parent / "data" / "tensorrt_names.json").read_text(encoding="utf-8"))
 VERSIONS: tuple[str, ...] = tuple(_NAMES["versions"])
 _MAGIC = b"ENGINE"
+_ADDRESSES = 256  # what every address is a multiple of
+# ONNX's numbers of types: TensorRT's name, and how the elements lie in memory
+_TYPES: dict[int, tuple[str, Any]] = {
+    1: ("FLOAT", np.float32),
+    2: ("UINT8", np.uint8),
+    3: ("INT8", np.int8),
+    6: ("INT32", np.int32),
+    7: ("INT64", np.int64),
+    9: ("BOOL", np.bool_),
+    10: ("HALF", np.float16),
+    16: ("BF16", np.uint16),
+}
+_MEMORY = dict(_TYPES.values())
 NO_DRIVER = "CUDA initialization failure with error: 35. Please check your CUDA installation"
 
 
@@ -102,10 +118,15 @@ class _TimingCache(Known):
 class _Profile(Known):
     _kind = "IOptimizationProfile"
 
+    def __init__(self, trt: FakeTensorrt) -> None:
+        super().__init__(trt)
+        self._shapes: dict[str, tuple[list[int], list[int]]] = {}
+
     def set_shape(self, name: str, least: Any, best: Any, most: Any) -> None:
         self._called("set_shape", name, tuple(least), tuple(best), tuple(most))
         if self._fails("shape"):
             raise RuntimeError("Shape provided for min is inconsistent with other shapes.")
+        self._shapes[name] = (list(least), list(most))
 
 
 class _Config(Known):
@@ -117,7 +138,7 @@ class _Config(Known):
         super().__init__(trt)
         self._flags = {"TF32"}
         self._cache: _TimingCache | None = None
-        self._profiles = 0
+        self._profiles: list[_Profile] = []
 
     def set_memory_pool_limit(self, pool: IntEnum, size: int) -> None:
         self._called("set_memory_pool_limit", pool.name, size)
@@ -131,9 +152,9 @@ class _Config(Known):
         self._flags.discard(flag.name)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
-        self._profiles += 1
+        self._profiles.append(profile)
         self._called("add_optimization_profile", profile._kind)
-        return -1 if self._fails("profile") else self._profiles - 1
+        return -1 if self._fails("profile") else len(self._profiles) - 1
 
     def create_timing_cache(self, data: bytes) -> _TimingCache | None:
         self._called("create_timing_cache", bytes(data))
@@ -227,7 +248,7 @@ class _Builder(Known):
             return None
         if config._cache is not None:
             config._cache._data += network._onnx.stem.encode()
-        return _Memory(self._trt.plan(network._onnx))
+        return _Memory(self._trt.plan(network._onnx, [one._shapes for one in config._profiles]))
 
     def _monitored(self, config: _Config) -> bool:
         """Tell the monitor of two nested phases, as TensorRT does; False where it cancels."""
@@ -248,26 +269,57 @@ class _Builder(Known):
 class _Context(Known):
     _kind = "IExecutionContext"
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: _Engine, *, own_memory: bool) -> None:
         super().__init__(engine._trt)
         self._engine = engine
         self._places: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._profile = 0
+        self._scratch: tuple[int, int] | None = (0, 0) if own_memory else None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._called("set_tensor_address", name, address)
+        assert type(address) is int, "the binding takes an int"
+        assert address % _ADDRESSES == 0, f"{name} is not at a multiple of {_ADDRESSES}"
         self._places[name] = address
-        return not self._fails("address")
+        return name in self._engine._tensors and not self._fails("address")
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._called("set_optimization_profile_async", profile_index)
+        self._profile, self._shapes = profile_index, {}
+        return profile_index < len(self._engine._profiles) and not self._fails("switch")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert type(shape) is tuple, "the binding takes a tuple"
+        least, most = self._engine._profiles[self._profile].get(name, ([], []))
+        fits = len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+        self._shapes[name] = shape
+        return fits and not self._fails("input shape")
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory % _ADDRESSES == 0, f"scratch is not at a multiple of {_ADDRESSES}"
+        assert size >= self._engine.device_memory_size_v2, "less scratch than the engine needs"
+        self._scratch = (memory, size)
 
     def execute_async_v3(self, stream: int) -> bool:
         self._called("execute_async_v3", self._engine._stem)
         cuda, engine = self._trt.cuda, self._engine
-        if self._fails("enqueue"):
+        if self._fails("enqueue") or self._fails(f"enqueue {engine._stem}"):
             engine._runtime._logger.log(self._trt._severity.ERROR, "enqueue: no kernel image")
             return False
         if self._fails("capture") and stream in cuda.captures:
             cuda.invalid.add(stream)
             return True
         assert set(self._places) == set(engine._tensors), "a tensor has no address"
+        assert self._scratch is not None, "the context has no scratch"
+        work = self._computing() if engine._stem in self._trt.functions else self._running()
+        if not (self._fails("half a graph") and stream in cuda.captures):
+            cuda.submit(stream, work)
+        return True
+
+    def _computing(self) -> Callable[[], None]:
+        """Return work by one of the fake's functions, over float32 tensors of fixed shapes."""
+        cuda, engine = self._trt.cuda, self._engine
         x = cuda.array(self._places["x"], engine._shape("x"))
         outputs = {
             name: cuda.array(address, engine._shape(name)) for name, address in self._places.items() if name != "x"
@@ -277,9 +329,26 @@ class _Context(Known):
             for name, value in self._trt.functions[engine._stem](x.copy()).items():
                 outputs[name][...] = value
 
-        if not (self._fails("half a graph") and stream in cuda.captures):
-            cuda.submit(stream, work)
-        return True
+        return work
+
+    def _running(self) -> Callable[[], None]:
+        """Return work by ONNX Runtime, with the shapes and places as they are now."""
+        cuda, tensors, scratch = self._trt.cuda, self._engine._tensors, self._scratch
+        places = dict(self._places)
+        inputs = {}
+        for name, one in tensors.items():
+            if one["input"]:
+                shape = self._shapes[name] if -1 in one["shape"] else tuple(one["shape"])
+                size = math.prod(shape) * np.dtype(_MEMORY[one["dtype"]]).itemsize
+                inputs[name] = (cuda.bytes_at(places[name], size), shape, one["dtype"])
+
+        def work() -> None:
+            if scratch is not None and scratch[1]:
+                cuda.bytes_at(*scratch).fill(0xEE)  # shared: nothing may count on what it held
+            for name, value in self._trt.run(self._engine._path, inputs).items():
+                cuda.bytes_at(places[name], value.nbytes)[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+        return work
 
 
 class _Engine(Known):
@@ -291,6 +360,7 @@ class _Engine(Known):
     def __init__(self, runtime: _Runtime, document: dict[str, Any]) -> None:
         super().__init__(runtime._trt)
         self._runtime, self._stem, self._tensors = runtime, document["stem"], document["tensors"]
+        self._path, self._profiles = document["path"], document["profiles"]
         object.__setattr__(self, "streamable_weights_size", self._trt.weights)
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -309,15 +379,18 @@ class _Engine(Known):
     def get_tensor_dtype(self, name: str) -> Any:
         return self._trt._enums["DataType"][self._tensors[name].get("dtype", "FLOAT")]
 
+    def get_tensor_location(self, name: str) -> Any:
+        return self._trt._enums["TensorLocation"]["HOST" if self._fails(f"host {name}") else "DEVICE"]
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self._shape(name)
 
-    def create_execution_context(self) -> _Context | None:
+    def create_execution_context(self, strategy: Any = None) -> _Context | None:
         self._called("create_execution_context", self._stem)
         if self._fails("context"):
             self._runtime._logger.log(self._trt._severity.ERROR, "Requested size was 12 bytes: out of memory")
             return None
-        return _Context(self)
+        return _Context(self, own_memory=strategy is None or strategy.name != "USER_MANAGED")
 
 
 class _Runtime(Known):
@@ -372,11 +445,19 @@ class FakeTensorrt:
             return self._enums[name]
         return getattr(self, f"_{name.lower()}")
 
-    def plan(self, onnx: Path) -> bytes:
+    def plan(self, onnx: Path, profiles: list[Any] | None = None) -> bytes:
         """Return the engine of a graph."""
         data = onnx.read_bytes()
         tensors = json.loads(data)["tensors"] if data.startswith(b"{") else _tensors(onnx)
-        return _MAGIC + json.dumps({"stem": onnx.stem, "tensors": tensors}).encode()
+        document = {"stem": onnx.stem, "tensors": tensors, "profiles": profiles or [], "path": str(onnx.resolve())}
+        return _MAGIC + json.dumps(document).encode()
+
+    def run(self, path: str, inputs: Mapping[str, tuple[np.ndarray, tuple[int, ...], str]]) -> dict[str, np.ndarray]:
+        """Return what a graph computes of inputs given as bytes, shape and type."""
+        given = {
+            name: (data.copy().view(_MEMORY[kind]).reshape(shape), kind) for name, (data, shape, kind) in inputs.items()
+        }
+        return _program(path, Path(path).stat().st_mtime_ns)(given)
 
     def named(self, name: str) -> list[Any]:
         """Return the arguments of every call of a name, in order."""
@@ -423,6 +504,54 @@ class FakeTensorrt:
             logger.log(self._severity.ERROR, NO_DRIVER)
 
 
+@functools.lru_cache(maxsize=256)
+def _program(path: str, _changed_ns: int) -> Callable[[Mapping[str, tuple[np.ndarray, str]]], dict[str, np.ndarray]]:
+    """Return a graph as a function.
+
+    ONNX Runtime's kernels for processors know no fp16: it would leave out all rounding to it, unasked. Graphs with
+    some are computed by ONNX's own reference.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    half = any(one.name == "to" and one.i == 10 for node in model.graph.node for one in node.attribute)
+    return _by_reference(model) if half else _by_runtime(path)
+
+
+def _by_reference(model: Any) -> Callable[..., dict[str, np.ndarray]]:
+    import ml_dtypes
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(model)
+    names = [one.name for one in model.graph.output]
+
+    def run(given: Mapping[str, tuple[np.ndarray, str]]) -> dict[str, np.ndarray]:
+        feeds = {
+            name: value.view(ml_dtypes.bfloat16) if kind == "BF16" else value for name, (value, kind) in given.items()
+        }
+        return dict(zip(names, evaluator.run(names, feeds), strict=True))
+
+    return run
+
+
+def _by_runtime(path: str) -> Callable[..., dict[str, np.ndarray]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_outputs()]
+    as_bits = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+
+    def run(given: Mapping[str, tuple[np.ndarray, str]]) -> dict[str, np.ndarray]:
+        feeds = {name: as_bits(value, 16) if kind == "BF16" else value for name, (value, kind) in given.items()}
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    return run
+
+
 def _tensors(path: Path) -> dict[str, Any]:
     """Return the tensors of a real ONNX file, its weights left where they are."""
     import onnx
@@ -432,7 +561,11 @@ def _tensors(path: Path) -> dict[str, Any]:
     values = [(value, True) for value in graph.input if value.name not in constants]
     values += [(value, False) for value in graph.output]
     return {
-        value.name: {"shape": [axis.dim_value for axis in value.type.tensor_type.shape.dim], "input": is_input}
+        value.name: {
+            "shape": [-1 if axis.dim_param else axis.dim_value for axis in value.type.tensor_type.shape.dim],
+            "input": is_input,
+            "dtype": _TYPES[value.type.tensor_type.elem_type][0],
+        }
         for value, is_input in values
     }
 

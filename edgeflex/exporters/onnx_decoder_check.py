@@ -2,11 +2,13 @@
 
 A few tokens walk through the layers in two calls, the second over a cache with rubbish behind its rows. Each stage
 is compared with the reference's answer to the very same input, so that an error cannot hide behind an earlier one,
-and every stage is run: each has numbers of its own. Of experts one of each precision a layer is.
+and every stage is run: each has numbers of its own. Of experts one of each precision a layer is. Graphs that take
+their numbers as inputs are given them for each layer, and opened once.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +16,11 @@ import torch
 from torch.nn.functional import linear, rms_norm
 
 from edgeflex.errors import MissingDependencyError, UnsupportedError
+from edgeflex.exporters.decoder_raw import template_path
 from edgeflex.models.decoder_reference import KeyValues, Reference, Routed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -40,8 +43,12 @@ _HEAD_ROWS = 8192
 _BFLOAT16 = 16  # in ONNX's TensorProto
 
 
-def plain_session(path: Path) -> Any:
+def plain_session(path: Path, content: bytes | None = None) -> Any:
     """Return an ONNX Runtime session that runs the graph as it is written, in one thread.
+
+    Args:
+        path: The graph.
+        content: What to run in its place.
 
     Raises:
         MissingDependencyError: ONNX Runtime is absent.
@@ -56,13 +63,19 @@ def plain_session(path: Path) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no other base
         raise UnsupportedError(f"ONNX Runtime cannot load {path.name}: {error}. Export for executorch.") from error
 
 
 def check_stages(
-    source: DecoderSource, weights: BundleWeights, programs: Sequence[StockProgram], told: Progress
+    source: DecoderSource,
+    weights: BundleWeights,
+    programs: Sequence[StockProgram],
+    told: Progress,
+    *,
+    given: Callable[[StockProgram], Mapping[str, NDArray[Any]]] | None = None,
+    opened: Callable[[Path], Any] = plain_session,
 ) -> None:
     """Run every stage and one expert of each kind a layer, and compare each with the reference.
 
@@ -71,13 +84,15 @@ def check_stages(
         weights: The numbers of the written bundle.
         programs: Its stages.
         told: Told about layers.
+        given: Returns the numbers that a stage takes as inputs; None where stages hold their own.
+        opened: Returns the session of a graph.
 
     Raises:
         MissingDependencyError: ONNX Runtime is absent.
         UnsupportedError: A stage cannot be loaded or run, or answers otherwise than the reference.
     """
     with torch.no_grad():
-        walk = _Walk(source, weights, programs)
+        walk = _Walk(source, weights, programs, given, opened)
         with told.task("stages against the reference", len(source.graph.layers)) as advance:
             for layer in source.graph.layers:
                 walk.layer(layer)
@@ -88,12 +103,21 @@ def check_stages(
 class _Walk:
     """The stages in their order, each checked; ``x`` holds the rows of all calls between layers."""
 
-    def __init__(self, source: DecoderSource, weights: BundleWeights, programs: Sequence[StockProgram]) -> None:
+    def __init__(
+        self,
+        source: DecoderSource,
+        weights: BundleWeights,
+        programs: Sequence[StockProgram],
+        given: Callable[[StockProgram], Mapping[str, NDArray[Any]]] | None,
+        opened: Callable[[Path], Any],
+    ) -> None:
         self._graph = source.graph
         self._weights = weights
+        self._given = given
+        self._session = opened
+        self._kept: dict[str, Any] = {}
         self._reference = Reference(source, weights)
         self._programs = {(one.role, one.layer): one for one in programs}
-        self._experts = {one.path: plain_session(weights.folder / one.path) for one in programs if one.role == "expert"}
         draw = np.random.default_rng(len(programs))
         tokens = draw.integers(0, source.graph.vocabulary, size=sum(_CALLS)).tolist()
         rows = [weights.rows("embedding", token, token + 1) for token in tokens]
@@ -110,27 +134,51 @@ class _Walk:
             for expert in range(layer.routing.experts if layer.routing else 0)
         }
         for precision, expert in precisions.items():
-            self._expert(layer, expert, f"stages/expert-{layer.expert_dim}.{precision.value}.onnx", y)
+            self._expert(layer, expert, template_path(layer.expert_dim, precision), y)
 
     def head(self) -> None:
         """Run the head on the last row; the reference's logits are made by blocks, as a float32 head is large."""
         program, last = self._programs["head", None], self._x[-1:]
-        found = _run(plain_session(self._weights.folder / program.path), {"x": last.numpy()})
+        found = self._logits(program, last)
         normed = rms_norm(last, last.shape[-1:], self._reference.weight("norm"), self._graph.norm_epsilon)
         starts = range(0, self._graph.vocabulary, _HEAD_ROWS)
         blocks = (self._weights.rows("head", one, min(one + _HEAD_ROWS, self._graph.vocabulary)) for one in starts)
         wanted = torch.cat([linear(normed, torch.from_numpy(block)) for block in blocks], dim=-1)
-        _compare(program.path, found["logits"], wanted)
+        _compare(program.path, found, wanted)
+
+    def _logits(self, program: StockProgram, row: Tensor) -> Tensor:
+        """Return the head's answer; one that is given its numbers takes them by blocks too, and unpacks no more."""
+        feeds = {"x": row.numpy()}
+        if self._given is None:
+            return self._opened(program)(feeds)["logits"]
+        session, numbers = self._shared(program.path), self._given(program)
+        cut = {name: values for name, values in numbers.items() if len(values) == self._graph.vocabulary}
+        starts = range(0, self._graph.vocabulary, _HEAD_ROWS)
+        parts = ({name: values[one : one + _HEAD_ROWS] for name, values in cut.items()} for one in starts)
+        return torch.cat([_run(session, {**numbers, **feeds, **part})["logits"] for part in parts], dim=-1)
+
+    def _opened(self, program: StockProgram) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, Tensor]]:
+        """Return what runs a stage of a layer, with the layer's numbers where it takes them."""
+        if self._given is None:
+            return partial(_run, self._session(self._weights.folder / program.path))
+        session, numbers = self._shared(program.path), self._given(program)
+        return lambda feeds: _run(session, {**numbers, **feeds})
+
+    def _shared(self, path: str) -> Any:
+        """Return the session of a graph without numbers of its own, opened once."""
+        if path not in self._kept:
+            self._kept[path] = self._session(self._weights.folder / path)
+        return self._kept[path]
 
     def _attended(self, layer: DecoderLayer) -> Iterator[Tensor]:
         """Yield the residual of each call."""
         program, index = self._programs["attention", layer.index], layer.index
-        session, past, start = plain_session(self._weights.folder / program.path), KeyValues(), 0
+        run, past, start = self._opened(program), KeyValues(), 0
         for count in _CALLS:
             x = self._x[start : start + count]
             cache = self._cache(past.layers.get(index), start)
             feeds = {"x": x.numpy(), "positions": np.arange(start, start + count), **cache}
-            found = _run(session, feeds)
+            found = run(feeds)
             wanted = self._reference.attention(index, x[None], past)[0]
             residual = found["residual"]
             floor = _ROUNDING * float(wanted.abs().max())
@@ -139,7 +187,7 @@ class _Walk:
             for name, both in zip(("keys", "values"), past.layers[index], strict=True):
                 _compare(f"{program.path}: {name}", found[name], both[0, :, start:])
             if layer.routing is not None:
-                self._compare_choice(program, index, found["normed"], Routed(found["experts"], found["weights"]))
+                self._compare_choice(program, index, found["normed"], Routed(found["experts"].long(), found["weights"]))
             yield wanted
             start += count
 
@@ -158,7 +206,7 @@ class _Walk:
         wanted = self._reference.swiglu(start + ("mlp" if layer.routing is None else "shared"), y)
         if layer.shared_gate:
             wanted = wanted * torch.sigmoid(linear(y, self._reference.weight(f"{start}shared_gate")))
-        found = _run(plain_session(self._weights.folder / program.path), {"y": y.numpy()})
+        found = self._opened(program)({"y": y.numpy()})
         _compare(program.path, found["out"], wanted)
         return wanted
 
@@ -170,7 +218,7 @@ class _Walk:
             feeds[matrix] = stored.codes
             if stored.scales is not None:
                 feeds[f"{matrix}_scales"] = stored.scales
-        found = _run(self._experts[path], feeds)
+        found = _run(self._shared(path), feeds)
         _compare(f"{path} with {name}", found["out"], self._reference.swiglu(name, y))
 
     def _compare_choice(self, program: StockProgram, index: int, y: Tensor, chosen: Routed) -> None:
@@ -189,12 +237,15 @@ def _run(session: Any, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     given = {}
     for one in session.get_inputs():
         values = feeds[one.name]
-        if all(isinstance(size, int) for size in one.shape):
-            values = values.reshape(one.shape)
+        if len(one.shape) == 1 or all(isinstance(size, int) for size in one.shape):
+            values = values.reshape([size if isinstance(size, int) else -1 for size in one.shape])
         if one.type == "tensor(bfloat16)":
             given[one.name] = OrtValue.ortvalue_from_numpy_with_onnx_type(values, _BFLOAT16)
+        elif one.type == "tensor(uint8)":
+            given[one.name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values).view(np.uint8))
         else:
-            given[one.name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
+            narrow = values.astype(np.int32) if one.type == "tensor(int32)" else values
+            given[one.name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(narrow))
     names = [one.name for one in session.get_outputs()]
     answers = session.run_with_ort_values(names, given)
     return {name: torch.from_numpy(one.numpy()) for name, one in zip(names, answers, strict=True)}

@@ -78,16 +78,13 @@ def enter_weight(
         UnsupportedError: The graph uses the matrix otherwise than in one product.
     """
     graph = model.graph
-    users = [(place, node) for place, node in enumerate(graph.node) if name in node.input]
-    if len(users) != 1 or not _is_product(users[0][1], name):
-        raise UnsupportedError(f"{name}: the exported graph does not multiply with it once. Export for executorch.")
+    place, product = sole_product(model, name)
     if precision is Precision.FP32:
         return
-    place, product = users[0]
     nodes: list[NodeProto] = []
     if precision is Precision.INT4_GROUP32 and constant:
         nodes += _four_bits_constant(product, name, rows, columns)
-        _replace_input(model, name, *_four_bit_pieces(name, (rows, columns // GROUP, _HALF), rows, columns))
+        replace_input(model, name, *_four_bit_pieces(name, (rows, columns // GROUP, _HALF), rows, columns))
         _add_function(model)
     else:
         blocks = row_blocks(name, rows, columns)
@@ -97,14 +94,12 @@ def enter_weight(
         if precision is Precision.INT8_DYNAMIC:
             nodes += _in_blocks(product, names, partial(_eight_bits, product.input[0]))
             whole = blocks if constant else ((name, 0, rows),)
-            _replace_input(model, name, *itertools.chain(*(_eight_bit_pieces(*one, columns) for one in whole)))
+            replace_input(model, name, *itertools.chain(*(_eight_bit_pieces(*one, columns) for one in whole)))
         else:
             nodes += _halves(graph, product, name, columns)
             nodes += _in_blocks(product, names, partial(_four_bits, name))
-            _replace_input(model, name, *_four_bit_pieces(name, (rows, columns // 2), rows, columns))
-    after = [*graph.node[:place], *nodes, *graph.node[place + 1 :]]
-    del graph.node[:]
-    graph.node.extend(after)
+            replace_input(model, name, *_four_bit_pieces(name, (rows, columns // 2), rows, columns))
+    replace_nodes(model, place, nodes)
 
 
 def seal_weights(model: ModelProto, places: Mapping[str, Place], data: str) -> None:
@@ -163,13 +158,33 @@ def sealed_place(model: ModelProto, name: str) -> tuple[str, Place] | None:
     return None
 
 
+def sole_product(model: ModelProto, name: str) -> tuple[int, NodeProto]:
+    """Return the place and the node of the one product that a template multiplies a matrix in.
+
+    Raises:
+        UnsupportedError: The graph uses the matrix otherwise.
+    """
+    users = [(place, node) for place, node in enumerate(model.graph.node) if name in node.input]
+    if len(users) != 1 or not _is_product(users[0][1], name):
+        raise UnsupportedError(f"{name}: the exported graph does not multiply with it once. Export for executorch.")
+    return users[0]
+
+
+def replace_nodes(model: ModelProto, place: int, nodes: Sequence[NodeProto]) -> None:
+    """Put ``nodes`` where one node stands."""
+    after = [*model.graph.node[:place], *nodes, *model.graph.node[place + 1 :]]
+    del model.graph.node[:]
+    model.graph.node.extend(after)
+
+
 def _is_product(node: NodeProto, name: str) -> bool:
     said = {one.name: helper.get_attribute_value(one) for one in node.attribute}
     plain = (said.get("alpha", 1.0), said.get("beta", 1.0), said.get("transA", 0), said.get("transB", 0))
     return node.op_type == "Gemm" and list(node.input[1:]) == [name] and plain == (1.0, 1.0, 0, 1)
 
 
-def _replace_input(model: ModelProto, name: str, *pieces: ValueInfoProto) -> None:
+def replace_input(model: ModelProto, name: str, *pieces: ValueInfoProto) -> None:
+    """Put inputs where the input ``name`` stands."""
     inputs = model.graph.input
     place = next(place for place, one in enumerate(inputs) if one.name == name)
     after = [*inputs[:place], *pieces, *inputs[place + 1 :]]
@@ -187,7 +202,8 @@ def _four_bit_pieces(name: str, shape: Sequence[int], rows: int, columns: int) -
     return helper.make_tensor_value_info(name, TensorProto.UINT8, shape), scales
 
 
-def _node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
+def operator(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
+    """Return a node that is named after what it makes."""
     return helper.make_node(kind, list(inputs), list(outputs), name=f"node_{outputs[0]}", **attributes)
 
 
@@ -199,26 +215,26 @@ def _in_blocks(
         return multiplied(names[0], product.output[0])
     outputs = [f"{name}_product" for name in names]
     nodes = [node for name, output in zip(names, outputs, strict=True) for node in multiplied(name, output)]
-    return [*nodes, _node("Concat", outputs, product.output, axis=-1)]
+    return [*nodes, operator("Concat", outputs, product.output, axis=-1)]
 
 
 def _cut(graph: GraphProto, name: str, blocks: Sequence[tuple[str, int, int]]) -> list[NodeProto]:
     """Cut the pieces of an input into blocks of rows."""
-    graph.initializer.append(_tensor(np.array([count for _, _, count in blocks], np.int64), f"{name}_rows"))
+    graph.initializer.append(constant_tensor(np.array([count for _, _, count in blocks], np.int64), f"{name}_rows"))
     return [
-        _node("Split", (name + ending, f"{name}_rows"), [one + ending for one, _, _ in blocks], axis=0)
+        operator("Split", (name + ending, f"{name}_rows"), [one + ending for one, _, _ in blocks], axis=0)
         for ending in ("", "_scales")
     ]
 
 
 def _eight_bits(activations: str, name: str, output: str) -> list[NodeProto]:
-    opened = _node("DequantizeLinear", (name, f"{name}_scales"), (f"{name}_values",), axis=0)
-    return [opened, _node("Gemm", (activations, f"{name}_values"), (output,), transB=1)]
+    opened = operator("DequantizeLinear", (name, f"{name}_scales"), (f"{name}_values",), axis=0)
+    return [opened, operator("Gemm", (activations, f"{name}_values"), (output,), transB=1)]
 
 
 def _four_bits_constant(product: NodeProto, name: str, rows: int, columns: int) -> list[NodeProto]:
-    wide = _node("Cast", (f"{name}_scales",), (f"{name}_scales_float",), to=TensorProto.FLOAT)
-    multiplied = _node(
+    wide = operator("Cast", (f"{name}_scales",), (f"{name}_scales_float",), to=TensorProto.FLOAT)
+    multiplied = operator(
         "MatMulNBits",
         (product.input[0], name, f"{name}_scales_float"),
         product.output,
@@ -252,20 +268,22 @@ def _meaning() -> FunctionProto:
         "behind": np.array([3], np.int64),
         "rest": np.array([-1], np.int64),
     }
-    body = [helper.make_node("Constant", [], [name], value=_tensor(value, name)) for name, value in values.items()]
+    body = [
+        helper.make_node("Constant", [], [name], value=constant_tensor(value, name)) for name, value in values.items()
+    ]
     body += [
-        _node("BitwiseAnd", ("B", "fifteen"), ("low",)),
-        _node("BitShift", ("B", "four"), ("high",), direction="RIGHT"),
-        _node("Unsqueeze", ("low", "behind"), ("even",)),
-        _node("Unsqueeze", ("high", "behind"), ("odd",)),
-        _node("Concat", ("even", "odd"), ("pairs",), axis=3),
-        _node("Shape", ("B",), ("rows",), start=0, end=1),
-        _node("Concat", ("rows", "rest"), ("flat",), axis=0),
-        _node("Reshape", ("pairs", "flat"), ("codes",)),
-        _node("Shape", ("scales",), ("groups",)),
-        _node("Expand", ("eight", "groups"), ("zeros",)),
-        _node("DequantizeLinear", ("codes", "scales", "zeros"), ("values",), axis=1, block_size=GROUP),
-        _node("Gemm", ("A", "values"), ("Y",), transB=1),
+        operator("BitwiseAnd", ("B", "fifteen"), ("low",)),
+        operator("BitShift", ("B", "four"), ("high",), direction="RIGHT"),
+        operator("Unsqueeze", ("low", "behind"), ("even",)),
+        operator("Unsqueeze", ("high", "behind"), ("odd",)),
+        operator("Concat", ("even", "odd"), ("pairs",), axis=3),
+        operator("Shape", ("B",), ("rows",), start=0, end=1),
+        operator("Concat", ("rows", "rest"), ("flat",), axis=0),
+        operator("Reshape", ("pairs", "flat"), ("codes",)),
+        operator("Shape", ("scales",), ("groups",)),
+        operator("Expand", ("eight", "groups"), ("zeros",)),
+        operator("DequantizeLinear", ("codes", "scales", "zeros"), ("values",), axis=1, block_size=GROUP),
+        operator("Gemm", ("A", "values"), ("Y",), transB=1),
     ]
     attributes = ["K", "N", "bits", "block_size", "accuracy_level"]
     opsets = [helper.make_opsetid("", _BLOCK_OPSET)]
@@ -284,12 +302,12 @@ def _halves(graph: GraphProto, product: NodeProto, name: str, columns: int) -> l
         "fifteen": np.uint8(15),
         "four": np.uint8(4),
     }
-    graph.initializer.extend(_tensor(value, f"{name}_{one}") for one, value in constants.items())
+    graph.initializer.extend(constant_tensor(value, f"{name}_{one}") for one, value in constants.items())
     return [
-        _node("Reshape", (product.input[0], f"{name}_as_pairs"), (f"{name}_pairs",)),
-        _node("Split", (f"{name}_pairs",), (f"{name}_even_pairs", f"{name}_odd_pairs"), axis=2, num_outputs=2),
-        _node("Reshape", (f"{name}_even_pairs", f"{name}_as_halves"), (f"{name}_evens",)),
-        _node("Reshape", (f"{name}_odd_pairs", f"{name}_as_halves"), (f"{name}_odds",)),
+        operator("Reshape", (product.input[0], f"{name}_as_pairs"), (f"{name}_pairs",)),
+        operator("Split", (f"{name}_pairs",), (f"{name}_even_pairs", f"{name}_odd_pairs"), axis=2, num_outputs=2),
+        operator("Reshape", (f"{name}_even_pairs", f"{name}_as_halves"), (f"{name}_evens",)),
+        operator("Reshape", (f"{name}_odd_pairs", f"{name}_as_halves"), (f"{name}_odds",)),
     ]
 
 
@@ -300,22 +318,23 @@ def _four_bits(whole: str, name: str, output: str) -> list[NodeProto]:
     """
     eight = helper.make_tensor("value", TensorProto.UINT8, (1,), [-INT4_LOW])
     nodes = [
-        _node("Cast", (f"{name}_scales",), (f"{name}_scales_float",), to=TensorProto.FLOAT),
-        _node("Reshape", (f"{name}_scales_float", f"{whole}_as_steps"), (f"{name}_steps",)),
-        _node("Shape", (f"{name}_steps",), (f"{name}_groups",)),
-        _node("ConstantOfShape", (f"{name}_groups",), (f"{name}_zeros",), value=eight),
-        _node("Reshape", (name, f"{whole}_as_groups"), (f"{name}_bytes",)),
-        _node("BitwiseAnd", (f"{name}_bytes", f"{whole}_fifteen"), (f"{name}_low",)),
-        _node("BitShift", (f"{name}_bytes", f"{whole}_four"), (f"{name}_high",), direction="RIGHT"),
+        operator("Cast", (f"{name}_scales",), (f"{name}_scales_float",), to=TensorProto.FLOAT),
+        operator("Reshape", (f"{name}_scales_float", f"{whole}_as_steps"), (f"{name}_steps",)),
+        operator("Shape", (f"{name}_steps",), (f"{name}_groups",)),
+        operator("ConstantOfShape", (f"{name}_groups",), (f"{name}_zeros",), value=eight),
+        operator("Reshape", (name, f"{whole}_as_groups"), (f"{name}_bytes",)),
+        operator("BitwiseAnd", (f"{name}_bytes", f"{whole}_fifteen"), (f"{name}_low",)),
+        operator("BitShift", (f"{name}_bytes", f"{whole}_four"), (f"{name}_high",), direction="RIGHT"),
     ]
     for one in ("low", "high"):
         opened = (f"{name}_{one}", f"{name}_steps", f"{name}_zeros")
-        nodes.append(_node("DequantizeLinear", opened, (f"{name}_{one}_values",), axis=0))
-        nodes.append(_node("Reshape", (f"{name}_{one}_values", f"{whole}_as_halves"), (f"{name}_{one}_rows",)))
-    nodes.append(_node("Gemm", (f"{whole}_evens", f"{name}_low_rows"), (f"{name}_half",), transB=1))
-    nodes.append(_node("Gemm", (f"{whole}_odds", f"{name}_high_rows", f"{name}_half"), (output,), transB=1))
+        nodes.append(operator("DequantizeLinear", opened, (f"{name}_{one}_values",), axis=0))
+        nodes.append(operator("Reshape", (f"{name}_{one}_values", f"{whole}_as_halves"), (f"{name}_{one}_rows",)))
+    nodes.append(operator("Gemm", (f"{whole}_evens", f"{name}_low_rows"), (f"{name}_half",), transB=1))
+    nodes.append(operator("Gemm", (f"{whole}_odds", f"{name}_high_rows", f"{name}_half"), (output,), transB=1))
     return nodes
 
 
-def _tensor(value: Any, name: str) -> TensorProto:
+def constant_tensor(value: Any, name: str) -> TensorProto:
+    """Return a constant."""
     return numpy_helper.from_array(np.asarray(value), name)

@@ -137,8 +137,9 @@ def head_template(graph: DecoderGraph) -> onnx.ModelProto:
 
 
 def only(graph: DecoderGraph, layer: DecoderLayer) -> DecoderGraph:
-    """Return what a layer's stages depend on: equal layers of any decoder give equal graphs."""
-    kept = layer.model_copy(update={"index": 0})
+    """Return what a layer's attention and router depend on: equal layers of any decoder give equal graphs."""
+    others = {"dense_dim": 0, "expert_dim": 0, "shared_dim": 0, "shared_gate": False}
+    kept = layer.model_copy(update={"index": 0, **others})
     return graph.model_copy(update={"name": "", "weights_digest": "", "layers": (kept,)})
 
 

@@ -97,6 +97,7 @@ _DOMAINS = frozenset({"", "ai.onnx", "trt"})
 _FLOAT4_SINCE: Version = (10, 8)
 _PLAIN_TYPES = FLOATS | {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
 _BORDER_TYPES = _PLAIN_TYPES | {TensorProto.UINT8, TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
+_UINT8_CASTS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
 _TYPED_ALIKE = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Add", "Sub", "Mul", "Div", "Concat"})
 _MOST_TOP_K = 3840
 _MOST_FLOAT8_KERNEL = 32
@@ -112,6 +113,7 @@ RULES: Mapping[str, str] = {
     "operator-form": "operators are used in a form that the importer takes",
     "tensor-type": "constants have a type that TensorRT has",
     "border-type": "inputs and outputs have a type that an engine can exchange",
+    "uint8-cast": "only inputs and outputs are UINT8, cast at once to or from float32 or float16",
     "axis-named": "every axis of an input has a size, or a name that a profile can bound",
     "operand-types": "operands of one operator have one type, since networks are strongly typed",
     "quantized-consumer": "quantised values are read by QuantizeLinear and DequantizeLinear alone",
@@ -306,6 +308,33 @@ def _borders(view: View, _version: Version) -> Iterator[Finding]:
             yield value.name, "border-type", message, "Cast it inside the graph"
 
 
+def _unsigned_bytes(view: View, _version: Version) -> Iterator[Finding]:
+    """UINT8 is no type of arithmetic (``NvInfer.h``, ``DataType::kUINT8``; ``ModelImporter.cpp`` of onnx-tensorrt)."""
+    kinds = {one.name: one.type.tensor_type.elem_type for one in view.model.graph.input}
+    for name in (name for name, kind in kinds.items() if kind == TensorProto.UINT8 and name not in view.constants):
+        for node in view.consumers.get(name, ()):
+            if not (_casts(node) and integer(node, "to", 0) in _UINT8_CASTS):
+                message = f"{node.op_type} reads {name}, which is uint8; only a Cast to float32 or float16 may"
+                yield label(node), "uint8-cast", message, "Cast it to float32 or float16 first"
+    outputs = {one.name for one in view.model.graph.output}
+    for node in view.nodes:
+        # constants, and what QuantizeLinear makes, have rules of their own
+        made = [name for name in node.output if name not in view.constants and not quantizes(node)]
+        if all(view.types.get(name) != TensorProto.UINT8 for name in made):
+            continue
+        given = view.types.get(input_name(node, 0))
+        if not outputs.issuperset(made):
+            message = f"{node.op_type} makes uint8 inside the graph, where only inputs and outputs may be uint8"
+            yield label(node), "uint8-cast", message, "Compute in float32, float16 or int32"
+        elif not (_casts(node) and given in {*_UINT8_CASTS, None}):
+            message = f"{node.op_type} of {type_name(given)} makes an output that is uint8; only a Cast of floats may"
+            yield label(node), "uint8-cast", message, "Cast to uint8 from float32 or float16 last"
+
+
+def _casts(node: onnx.NodeProto) -> bool:
+    return in_default_domain(node) and node.op_type == "Cast"
+
+
 def _axes(view: View, _version: Version) -> Iterator[Finding]:
     for value in view.model.graph.input:
         tensor = value.type.tensor_type
@@ -417,6 +446,7 @@ _CHECKS: tuple[Callable[[View, Version], Iterator[Finding]], ...] = (
     _forms,
     _constants,
     _borders,
+    _unsigned_bytes,
     _axes,
     _operands,
     _quantized_consumers,

@@ -61,7 +61,7 @@ _DTYPES = {"float": "float32", "float8e4m3fn": "float8_e4m3fn"}
 _NEEDS: Mapping[int, Need] = {
     TensorProto.FLOAT8E4M3FN: Need(compute_capability=(8, 9), reason="FP8 layers; Orin, which has 8.7, lacks them"),
     TensorProto.FLOAT4E2M1: Need(compute_capability=(10, 0), reason="FP4 layers"),
-    TensorProto.BFLOAT16: Need(compute_capability=(8, 0), reason="BF16 layers"),
+    TensorProto.BFLOAT16: Need(compute_capability=(8, 0), reason="BF16 numbers"),
     TensorProto.INT4: Need(compute_capability=(8, 0), reason="INT4 weights"),
 }
 

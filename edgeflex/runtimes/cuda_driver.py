@@ -14,12 +14,15 @@ import ctypes
 import logging
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edgeflex.errors import DeviceError
+from edgeflex.runtimes.pages import private_pages
+from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +37,9 @@ _INTEGRATED, _MAJOR, _MINOR = 18, 75, 76
 _NON_BLOCKING = 1  # a stream that does not wait for the default one
 _CAPTURE_THREAD_LOCAL = 1  # other threads may allocate while this one captures
 _NO_TIMING = 2
+_MAPPED = 2  # of cuMemHostRegister and cuMemHostAlloc: the device finds the memory too
+_DEVICE_MEMORY = 2  # of CUDA_MEMCPY2D
+_PAGE_BYTES = 4096
 _OUT_OF_MEMORY = 2
 _NAME_BYTES = 256
 
@@ -75,6 +81,43 @@ class DriverFacts:
 
     version: tuple[int, int]
     devices: tuple[CudaDevice, ...]
+
+
+class HostPages(NamedTuple):
+    """Page-aligned memory of the machine that the device reads and writes where it lies.
+
+    Attributes:
+        data: The bytes; they must not be used once the context is closed.
+        address: Where the device finds them.
+        counted: The system counts them as this process's own.
+    """
+
+    data: NDArray[np.uint8]
+    address: int
+    counted: bool
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D, as the driver's documentation gives it."""
+
+    _fields_ = (
+        ("src_x_bytes", ctypes.c_size_t),
+        ("src_y", ctypes.c_size_t),
+        ("src_type", ctypes.c_uint),
+        ("src_host", ctypes.c_void_p),
+        ("src_device", ctypes.c_uint64),
+        ("src_array", ctypes.c_void_p),
+        ("src_pitch", ctypes.c_size_t),
+        ("dst_x_bytes", ctypes.c_size_t),
+        ("dst_y", ctypes.c_size_t),
+        ("dst_type", ctypes.c_uint),
+        ("dst_host", ctypes.c_void_p),
+        ("dst_device", ctypes.c_uint64),
+        ("dst_array", ctypes.c_void_p),
+        ("dst_pitch", ctypes.c_size_t),
+        ("width_bytes", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    )
 
 
 class Driver:
@@ -206,6 +249,7 @@ class CudaContext:
         """
         self._driver = Driver(library)
         self._stack = ExitStack()
+        self._held: dict[int, tuple[int, Callable[[], None]]] = {}  # bytes on the device, and what gives them back
         device, context, previous = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         call = self._driver.call
         call("cuInit", ctypes.c_uint(0))
@@ -215,6 +259,7 @@ class CudaContext:
         self._stack.callback(self._driver.release, "cuDevicePrimaryCtxRelease_v2", device)
         self._context = context
         self._thread = 0
+        self._device = device
         try:
             self.make_current()
         except DeviceError:
@@ -244,8 +289,83 @@ class CudaContext:
         """Return the address of ``size_bytes`` of device memory."""
         address = ctypes.c_uint64()
         self._driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
-        self._stack.callback(self._driver.release, "cuMemFree_v2", address)
+        self._hold(address.value, size_bytes, partial(self._driver.release, "cuMemFree_v2", address))
         return address.value
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of device memory that this context has now, pages of the host not counted."""
+        return sum(size_bytes for size_bytes, _ in self._held.values())
+
+    def free(self, address: int) -> None:
+        """Give device memory, pinned memory or host pages back now; nothing that is queued may still use them.
+
+        Args:
+            address: What ``allocate`` or ``allocate_pinned`` returned, or the ``address`` of ``host_pages``; another
+                does nothing.
+        """
+        _, release = self._held.pop(address, (0, None))
+        if release is not None:
+            release()
+
+    def host_pages(self, size_bytes: int) -> HostPages:
+        """Return zeroed pages of the machine that the device uses where they lie.
+
+        They are pages of this process that the driver pins, so that files can be read into them past the page cache,
+        and a device that shares the machine's memory keeps them in its cache where it can. Where the driver pins
+        none of other making, it makes them.
+
+        Raises:
+            DeviceError: No memory, or the device does not find it.
+        """
+        whole = -(-max(size_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES
+        try:
+            data = private_pages(whole)
+        except (OSError, ValueError, OverflowError) as error:
+            raise DeviceError(
+                f"no memory for {format_bytes(size_bytes)} that the device shares: {error}. All of it is taken at "
+                "once. Give a smaller cache."
+            ) from error
+        place = ctypes.c_void_p(data.ctypes.data)
+        try:
+            self._driver.call("cuMemHostRegister_v2", place, ctypes.c_size_t(whole), ctypes.c_uint(_MAPPED))
+        except DeviceError as error:
+            logger.info("the driver's own pages are used instead: %s", error)
+            return self._driver_pages(size_bytes, whole)
+        return self._shared(data[:size_bytes], place, partial(self._unpin, place, data))
+
+    def _unpin(self, place: ctypes.c_void_p, data: NDArray[np.uint8]) -> None:
+        """Let the driver forget pages, which live until then because they are named here."""
+        self._driver.release("cuMemHostUnregister", place)
+        del data
+
+    def _driver_pages(self, size_bytes: int, whole: int) -> HostPages:
+        place = ctypes.c_void_p()
+        self._driver.call("cuMemHostAlloc", ctypes.byref(place), ctypes.c_size_t(whole), ctypes.c_uint(_MAPPED))
+        data = host_view(place.value or 0, (whole,), np.uint8)
+        data.fill(0)
+        found = self._shared(data[:size_bytes], place, partial(self._driver.release, "cuMemFreeHost", place))
+        return found._replace(counted=False)
+
+    def _shared(self, data: NDArray[np.uint8], place: ctypes.c_void_p, release: Callable[[], None]) -> HostPages:
+        """Return pages with the device's address of them; they are given back if it has none."""
+        address = ctypes.c_uint64()
+        try:
+            self._driver.call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), place, ctypes.c_uint(0))
+        except DeviceError:
+            release()
+            raise
+        self._hold(address.value, 0, release)
+        return HostPages(data, address.value, counted=True)
+
+    def _hold(self, address: int, size_bytes: int, release: Callable[[], None]) -> None:
+        self._held[address] = (size_bytes, release)
+        self._stack.callback(self.free, address)
+
+    @property
+    def integrated(self) -> bool:
+        """Whether the device shares the machine's memory."""
+        return bool(_attribute(self._driver, _INTEGRATED, self._device))
 
     def free_bytes(self) -> int:
         """Return the device memory that is free now."""
@@ -257,7 +377,7 @@ class CudaContext:
         """Return the address of ``size_bytes`` of host memory that copies reach without a detour."""
         address = ctypes.c_void_p()
         self._driver.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size_bytes), ctypes.c_uint(0))
-        self._stack.callback(self._driver.release, "cuMemFreeHost", address)
+        self._hold(address.value or 0, 0, partial(self._driver.release, "cuMemFreeHost", address))
         return address.value or 0
 
     def fill_zeros(self, address: int, size_bytes: int, stream: int) -> None:
@@ -290,6 +410,40 @@ class CudaContext:
             ctypes.c_void_p(stream),
         )
 
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """Queue a copy within the device."""
+        self._driver.call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def copy_rows(
+        self, target: tuple[int, int], source: tuple[int, int], row_bytes: int, rows: int, stream: int
+    ) -> None:
+        """Queue a copy of equal rows within the device.
+
+        Args:
+            target: Address of the first row, and bytes from one row's start to the next one's.
+            source: Likewise; the two may not overlap.
+            row_bytes: Of each row.
+            rows: How many.
+            stream: Where it is queued.
+        """
+        spec = _Copy2D(
+            src_type=_DEVICE_MEMORY,
+            src_device=source[0],
+            src_pitch=source[1],
+            dst_type=_DEVICE_MEMORY,
+            dst_device=target[0],
+            dst_pitch=target[1],
+            width_bytes=row_bytes,
+            height=rows,
+        )
+        self._driver.call("cuMemcpy2DAsync_v2", ctypes.byref(spec), ctypes.c_void_p(stream))
+
     # --- streams and events --------------------------------------------------------------------------
 
     def new_stream(self) -> int:
@@ -313,6 +467,10 @@ class CudaContext:
     def record(self, event: int, stream: int) -> None:
         """Queue the event: it happens when all that was queued before is done."""
         self._driver.call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def order_after(self, event: int, stream: int) -> None:
+        """Let what is queued into ``stream`` from now on begin when an event has happened."""
+        self._driver.call("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), ctypes.c_uint(0))
 
     def wait_for(self, event: int) -> None:
         """Wait until an event has happened."""

@@ -1,15 +1,15 @@
 """Runs a decoder's bundle: dense weights in memory, experts through the cache, tokens one by one.
 
-``DecoderSession`` needs NumPy, this processor's native engine or ONNX Runtime (the bundle's backend says which) and,
-for text, the package ``tokenizers``; it imports neither torch nor ExecuTorch's binding. What it generates does not
-depend on the size of the cache, the policy, prefetching or threads.
+``DecoderSession`` needs NumPy, this processor's native engine, ONNX Runtime or TensorRT (the bundle's backend says
+which) and, for text, the package ``tokenizers``; it imports neither torch nor ExecuTorch's binding. What it generates
+does not depend on the size of the cache, the policy, prefetching or threads.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +19,9 @@ from edgeflex.bundle_moe import TOKENIZER, open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import sha256_file
 from edgeflex.progress import Silent
-from edgeflex.runtimes.engines import DEVICE_POLICY, DeviceRequest, open_device, open_engine, require_engine
+from edgeflex.runtimes.engines import DeviceRequest, open_device, open_engine, require_engine
 from edgeflex.runtimes.expert_cache import ExpertCache
+from edgeflex.runtimes.generation import Run, counted_since
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.policies import make_policy
 from edgeflex.runtimes.prefetch import EarlyRouter, Predictor
@@ -28,7 +29,7 @@ from edgeflex.runtimes.recorder import memory_now
 from edgeflex.runtimes.residency import Pass, Residency, cache_limit, trace_of
 from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
 from edgeflex.schema import Conditions
-from edgeflex.schema_moe import DecoderCacheStats, DecoderRunStats, TokenTime
+from edgeflex.schema_moe import DecoderRunStats, TokenTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,13 +39,12 @@ if TYPE_CHECKING:
 
     from edgeflex.progress import Progress
     from edgeflex.runtimes.engines import DecoderEngine, DeviceStats
+    from edgeflex.runtimes.generation import StoppedBy
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.runtimes.prefetch import Guesser
     from edgeflex.runtimes.sampling import Decoding
     from edgeflex.runtimes.trace import Trace
     from edgeflex.schema_moe import DecoderManifest
-
-    StoppedBy = Literal["end", "length", "stop", "context", "interrupt"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +95,6 @@ class Settings:
     device_parts: Mapping[str, object] | None = None
 
 
-@dataclass
-class _Run:
-    """One generation while it happens."""
-
-    number: int
-    prompt_tokens: int
-    before: DecoderCacheStats
-    uses: NDArray[np.int64]
-    tokens: list[int] = field(default_factory=list)
-    times: list[TokenTime] = field(default_factory=list)
-    first_token_s: float = 0.0
-    stopped_by: StoppedBy = "length"
-
-
 class DecoderSession:
     """A bundle ready to answer; a context manager that loads inside ``with``. One thread of control at a time.
 
@@ -144,7 +130,8 @@ class DecoderSession:
         self.context_tokens = plan.context_tokens if chosen.context_tokens is None else chosen.context_tokens
         chunk_tokens = plan.prefill_chunk_tokens if chosen.chunk_tokens is None else chosen.chunk_tokens
         self.chunk_tokens = min(chunk_tokens, self.context_tokens)
-        self.cache_bytes = plan.cache_bytes if chosen.cache_bytes is None else chosen.cache_bytes
+        planned = plan.alone_cache_bytes if chosen.device is None else plan.cache_bytes
+        self.cache_bytes = planned if chosen.cache_bytes is None else chosen.cache_bytes
         self._settings = chosen
         self._check()
         self._progress = progress or Silent()
@@ -156,11 +143,12 @@ class DecoderSession:
         self._store: PackedStore | None = None
         self._dense: NDArray[np.uint8] | None = None
         self._device_stats: Callable[[], DeviceStats] | None = None
+        self._unseen_bytes: Callable[[], int] = int
         self._load_s = 0.0
         self._position = 0
         self._unread: list[int] = []  # answered, and not yet in the key-value cache
         self._disturbed = False
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @classmethod
     def from_bundle(
@@ -207,6 +195,7 @@ class DecoderSession:
             self._engine.close()
         self._engine = self._experts = self._store = self._device_stats = None
         self._dense = None
+        self._unseen_bytes = int
 
     @property
     def load_s(self) -> float:
@@ -217,6 +206,14 @@ class DecoderSession:
     def position(self) -> int:
         """Tokens in the key-value cache."""
         return self._position
+
+    @property
+    def unseen_bytes(self) -> int:
+        """Bytes of the machine's memory that the session holds and the system does not count as this process's.
+
+        A GPU that shares the machine's memory takes it through its driver.
+        """
+        return self._unseen_bytes()
 
     @property
     def reading(self) -> str:
@@ -292,7 +289,7 @@ class DecoderSession:
             self._disturbed = False
         self._position, self._unread = position, []
         number = 0 if self._run is None else self._run.number + 1
-        run = _Run(number, len(prompt), experts.cache.stats(), experts.uses())
+        run = Run(number, len(prompt), experts.cache.stats(), experts.uses())
         self._run = run
         return self._answer(engine, experts, run, tokens, max_tokens, sampler or Sampler(), stops)
 
@@ -300,7 +297,7 @@ class DecoderSession:
         self,
         engine: DecoderEngine,
         experts: Residency,
-        run: _Run,
+        run: Run,
         prompt: Sequence[int],
         max_tokens: int,
         sampler: Callable[[NDArray[np.float32]], int],
@@ -329,11 +326,11 @@ class DecoderSession:
         except KeyboardInterrupt:
             run.stopped_by = "interrupt"
 
-    def _refuse_rival(self, run: _Run) -> None:
+    def _refuse_rival(self, run: Run) -> None:
         if self._run is not run or self._engine is None:
             raise DeviceError("another generation was begun on this session, or it was closed. Begin anew.")
 
-    def _read(self, engine: DecoderEngine, experts: Residency, run: _Run, prompt: Sequence[int]) -> None:
+    def _read(self, engine: DecoderEngine, experts: Residency, run: Run, prompt: Sequence[int]) -> None:
         """Read a prompt in chunks; the logits of its last token are there afterwards."""
         for first in range(0, len(prompt), self.chunk_tokens):
             experts.begin(Pass(run.number, self._position, first // self.chunk_tokens, decoding=False))
@@ -354,7 +351,7 @@ class DecoderSession:
         experts.wait_s = 0.0
         return self._clock()
 
-    def _note(self, engine: DecoderEngine, experts: Residency, run: _Run, token: int, total_s: float) -> None:
+    def _note(self, engine: DecoderEngine, experts: Residency, run: Run, token: int, total_s: float) -> None:
         times = engine.times()
         self._unread = [token]
         if run.tokens:
@@ -365,7 +362,7 @@ class DecoderSession:
             run.first_token_s = total_s
         run.tokens.append(token)
 
-    def _ended(self, run: _Run, token: int, max_tokens: int, stops: Callable[[int], bool] | None) -> StoppedBy | None:
+    def _ended(self, run: Run, token: int, max_tokens: int, stops: Callable[[int], bool] | None) -> StoppedBy | None:
         if token in self.manifest.graph.end_tokens:
             return "end"
         if stops is not None and stops(token):
@@ -383,7 +380,8 @@ class DecoderSession:
 
         ``times`` has one entry per token after the first, whose time is ``first_token_s``; the caller's own time
         between tokens is in neither. Cache counters are of this generation alone. ``peak_memory_bytes`` are the
-        anonymous bytes that the session added to ``runtime_memory_bytes``, which were there when it was made.
+        anonymous bytes that the session added to ``runtime_memory_bytes``, which were there when it was made, and
+        ``unseen_bytes``.
 
         Raises:
             DeviceError: The session is closed, or nothing was generated.
@@ -403,9 +401,9 @@ class DecoderSession:
             times=tuple(run.times),
             first_token_s=run.first_token_s,
             load_s=self._load_s,
-            peak_memory_bytes=max(0, memory_now().anonymous_bytes - self._memory.anonymous_bytes),
+            peak_memory_bytes=max(0, memory_now().anonymous_bytes - self._memory.anonymous_bytes) + self.unseen_bytes,
             runtime_memory_bytes=self._memory.anonymous_bytes,
-            cache=_since(run.before, experts.cache.stats()),
+            cache=counted_since(run.before, experts.cache.stats()),
             before=before or Conditions(),
             after=after or Conditions(),
             expert_uses=tuple(map(tuple, (experts.uses() - run.uses).tolist())),
@@ -439,6 +437,11 @@ class DecoderSession:
             )
             if value < least
         ]
+        if self._settings.device is not None and self._settings.prefetch_depth is not None:
+            faults.append(
+                "reading experts early is for the processor, and a device was named: it copies ahead by itself; leave "
+                "--prefetch out"
+            )
         if faults:
             raise InputError.collect("the run's settings", faults)
         require_engine(self.folder, self.manifest)
@@ -478,7 +481,7 @@ class DecoderSession:
             threads=self.threads,
             progress=self._progress,
         )
-        self._engine, self._store = opened.engine, opened.store
+        self._engine, self._store, self._unseen_bytes = opened.engine, opened.store, opened.unseen_bytes
         cache = self._new_cache()
         self._dense = opened.load()
         self._experts = Residency(
@@ -499,7 +502,7 @@ class DecoderSession:
             device,
             chosen.vram_bytes,
             self.cache_bytes,
-            chosen.policy or DEVICE_POLICY,
+            chosen.policy or "",
             self.context_tokens,
             self.chunk_tokens,
             self.threads,
@@ -577,17 +580,3 @@ def stream_text(
 
 def _closed() -> DeviceError:
     return DeviceError("the session is closed. Run inside `with DecoderSession.from_bundle(...)`.")
-
-
-def _since(before: DecoderCacheStats, after: DecoderCacheStats) -> DecoderCacheStats:
-    """Return the counters that came after ``before``; limits and the peak as they are."""
-    kept = {"capacity_bytes", "peak_bytes", "prefetch_stopped"}
-    old, new = before.model_dump(), after.model_dump()
-    changed = {
-        name: tuple(a - b for a, b in zip(value, old[name], strict=True))
-        if isinstance(value, tuple)
-        else value - old[name]
-        for name, value in new.items()
-        if name not in kept and not isinstance(value, str)
-    }
-    return after.model_copy(update=changed)

@@ -26,9 +26,11 @@ from edgeflex.errors import (
 )
 from edgeflex.runtimes import fresh
 from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.device_record import record_of
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun
-from edgeflex.schema_moe import DecoderRunStats  # noqa: TC001 - pydantic resolves it
+from edgeflex.schema_gpu import DeviceRecord  # noqa: TC001 - pydantic resolves them
+from edgeflex.schema_moe import DecoderRunStats  # noqa: TC001 - pydantic resolves them
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,11 +56,13 @@ class Reply(Noun):
     """What a process measured: one run and one row of greedy tokens per task.
 
     ``rise_bytes``: the highest rise of resident bytes, mapped files included; None where the system does not tell.
+    ``device``: of a session on a device that answered.
     """
 
     runs: tuple[DecoderRunStats, ...] = ()
     greedy: tuple[tuple[int, ...], ...] = ()
     rise_bytes: int | None = None
+    device: DeviceRecord | None = None
     records: int = 0
     damaged: tuple[str, ...] = ()
     error: str = ""
@@ -105,12 +109,15 @@ def _do(request: dict[str, Any]) -> Reply:
         answered = [_generated(session, task, request["device"]) for task in tasks]
         peak = memory_now().peak_resident_bytes
         damaged = _damaged(session) if request["check_store"] else []
+        runs = tuple(stats for stats, _ in answered)
+        device = record_of(session, runs) if runs and chosen["device"] is not None else None
         records = len(session.store.experts) + len(session.store.dense)
         del text  # held while answering, as by whoever answers text
     return Reply(
-        runs=tuple(stats for stats, _ in answered),
+        runs=runs,
         greedy=tuple(tokens for _, tokens in answered),
         rise_bytes=None if peak is None or not told else max(0, peak - start.resident_bytes),
+        device=device,
         records=records,
         damaged=tuple(damaged),
     )
@@ -125,13 +132,13 @@ def _generated(session: DecoderSession, task: Task, device: str) -> tuple[Decode
         return task.forced[len(greedy) - 1] if task.forced else greedy[-1]
 
     held = [_anonymous_bytes() for _ in session.generate(task.prompt, task.max_tokens, choose)]
+    held = [bytes_ + session.unseen_bytes for bytes_ in held if bytes_] if all(held) else []
     stats = session.stats(device=device)
     if stats.stopped_by == "interrupt":
         raise KeyboardInterrupt
     own_bytes = stats.runtime_memory_bytes
     peak_bytes = max([stats.peak_memory_bytes, *(bytes_ - own_bytes for bytes_ in held)])
-    known = tuple(held) if all(held) else ()
-    return stats.model_copy(update={"peak_memory_bytes": peak_bytes, "held_bytes": known}), tuple(greedy)
+    return stats.model_copy(update={"peak_memory_bytes": peak_bytes, "held_bytes": tuple(held)}), tuple(greedy)
 
 
 def _anonymous_bytes() -> int:

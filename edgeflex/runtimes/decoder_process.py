@@ -41,7 +41,7 @@ def process_bytes(graph: DecoderGraph, tokenizer: Path | None, *, backend: str =
     Args:
         graph: The decoder.
         tokenizer: Its tokenizer's file, where it has one.
-        backend: Of the bundle to be: ``executorch`` or ``onnx``.
+        backend: Of the bundle to be: ``executorch``, ``onnx`` or ``tensorrt``.
 
     Raises:
         DeviceError: The process failed.
@@ -105,7 +105,12 @@ def _ready(request: dict[str, Any]) -> int:
 
 
 def _kernels(graph: DecoderGraph, backend: str) -> AbstractContextManager[Engine | None]:
-    """Return the native engine without weights, to be held open, or None with ONNX Runtime ready."""
+    """Return the native engine without weights, to be held open, or None with ONNX Runtime or TensorRT ready."""
+    if backend == "tensorrt":
+        from edgeflex.runtimes.tensorrt_build import created, open_machine
+
+        created(open_machine().trt, "Runtime")  # loads the library, and the driver's part of this process
+        return nullcontext()
     if backend == "onnx":
         from edgeflex.runtimes.onnx_stages import session_options
 

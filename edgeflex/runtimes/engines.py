@@ -1,13 +1,14 @@
 """Which engine computes a decoder's bundle, and which store its experts come from: the bundle's backend says.
 
 ``executorch``: native code over ExecuTorch's kernels, weights packed once for this processor. ``onnx``: ONNX
-Runtime over the bundle's stages, weights as they lie in the bundle.
+Runtime over the bundle's stages, weights as they lie in the bundle. ``tensorrt``: engines that were built of the
+stages on this device, likewise.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from edgeflex.errors import DeviceError, InputError, MissingDependencyError, UnsupportedError
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.progress import Progress
-    from edgeflex.runtimes.curves import ErrorStatistics, Resource
+    from edgeflex.runtimes.cuda_watch import Watched
+    from edgeflex.runtimes.curves import Curves, ErrorStatistics, Resource
     from edgeflex.runtimes.native import Chosen, Missing, Times
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.runtimes.residency import Residency
     from edgeflex.runtimes.tiers import TierCounts
     from edgeflex.schema import Precision
+    from edgeflex.schema_gpu import GpuPlacement
     from edgeflex.schema_moe import DecoderManifest
 
 
@@ -85,11 +88,14 @@ class Opened(NamedTuple):
         engine: Computes.
         store: Where its experts are read from.
         load: Gives the engine all weights that stay in memory, and returns memory that must outlive the engine.
+        unseen_bytes: Returns how many bytes of the machine's memory the engine holds that the system does not count
+            as this process's own.
     """
 
     engine: DecoderEngine
     store: PackedStore
     load: Callable[[], NDArray[np.uint8]]
+    unseen_bytes: Callable[[], int] = int
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ class DeviceRequest:
         device: ``cuda``, or ``cpu-torch`` for the processor in its place.
         vram_bytes: Limit on all that is taken of its memory; None takes most of what is free.
         ram_bytes: Limit on the experts in the processor's memory.
-        policy: Of both tiers; ``reuse`` foretells uses for the device, and copies experts ahead.
+        policy: Of both tiers; ``reuse`` foretells uses for the device, and copies experts ahead. Empty takes the
+            plan's, or ``reuse``.
         context_tokens: Positions that the key/value cache holds.
         chunk_tokens: Most tokens of one forward pass.
         threads: Of the processor, for experts that stay with it.
@@ -109,6 +116,8 @@ class DeviceRequest:
         seed: Of the policy ``random``.
         static: (layer, expert) pairs, the most valuable first.
         record: Keep every event.
+        arena_bytes: Of experts on the device, where ``vram_bytes`` names no limit of another kind.
+        exclusive: Whether the RAM tier keeps no copy of what the device has, even where it could.
     """
 
     device: str
@@ -123,6 +132,8 @@ class DeviceRequest:
     seed: int = 0
     static: Iterable[tuple[int, int]] | None = None
     record: bool = False
+    arena_bytes: int | None = None
+    exclusive: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,13 @@ class DeviceStats:
         upload_s: The link's seconds.
         predicted_s: Sum of the spans that the scheduler predicted for its events.
         errors: Of the predictions, by resource.
+        curves: In force now.
+        watched: What was seen of some passes closely.
+        rule: What becomes of experts that the device lacks.
+        ahead_bytes: Of the experts copied ahead.
+        fixed_bytes: Of the device beside the experts' arena: weights, keys and values, room to work in.
+        requested_bytes: Limit that was given on all that is taken of the device; None where there was none.
+        peak_bytes: The most that was held at once; None where nobody counts.
     """
 
     device: str
@@ -158,6 +176,13 @@ class DeviceStats:
     upload_s: float
     predicted_s: float
     errors: Mapping[Resource, ErrorStatistics]
+    curves: Curves
+    watched: Watched
+    rule: str = "auto"
+    ahead_bytes: int = 0
+    fixed_bytes: int = 0
+    requested_bytes: int | None = None
+    peak_bytes: int | None = None
 
 
 class OpenedDevice(NamedTuple):
@@ -187,6 +212,23 @@ class _Open(Protocol):
         threads: int,
         progress: Progress,
     ) -> Opened: ...
+
+
+def as_planned(request: DeviceRequest, placement: GpuPlacement | None) -> DeviceRequest:
+    """Return a request with the plan's placement, as far as the run names nothing of its own.
+
+    Args:
+        request: As the run has it.
+        placement: Of the plan; None: it was not made for a GPU.
+    """
+    if placement is not None and request.vram_bytes is None:
+        request = replace(request, arena_bytes=placement.vram_cache_bytes, exclusive=placement.exclusive)
+    if request.policy:
+        return request
+    if placement is None or request.rule != "auto":
+        return replace(request, policy=DEVICE_POLICY)
+    listed = placement.order if request.static is None and placement.policy == "static" else request.static
+    return replace(request, policy=placement.policy, rule=placement.rule, static=listed)
 
 
 def check_pass(
@@ -307,7 +349,7 @@ def open_device(
             f"decoders on a device need PyTorch, which does not load here: {error}. Install it: pip install torch"
         ) from None
     opened: OpenedDevice = importlib.import_module(_DEVICE_MODULE).open_device(
-        folder, manifest, request, progress, **parts
+        folder, manifest, as_planned(request, manifest.plan.gpu), progress, **parts
     )
     return opened
 
@@ -352,4 +394,22 @@ def _onnx(
     return Opened(engine, store, lambda: engine.load(store))
 
 
-_OPENERS: dict[str, _Open] = {"executorch": _native, "onnx": _onnx}
+def _tensorrt(
+    folder: Path,
+    manifest: DecoderManifest,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    threads: int,
+    progress: Progress,
+) -> Opened:
+    from edgeflex.runtimes.raw_store import open_raw
+    from edgeflex.runtimes.tensorrt_decoder import TensorrtEngine
+
+    del threads, progress  # the device computes, and nothing is packed
+    engine = TensorrtEngine(folder, manifest, context_tokens=context_tokens, chunk_tokens=chunk_tokens)
+    store = open_raw(folder, manifest)
+    return Opened(engine, store, lambda: engine.load(store), lambda: engine.unseen_bytes)
+
+
+_OPENERS: dict[str, _Open] = {"executorch": _native, "onnx": _onnx, "tensorrt": _tensorrt}

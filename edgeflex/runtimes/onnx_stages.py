@@ -161,12 +161,16 @@ class Programs(NamedTuple):
         dense: By layer: dense layers and shared experts.
         experts: By the name of the template's file.
         head: The last one.
+        sums: By layer, what adds its parts; engines without a host's sums have them.
+        gather: What groups rows by expert; likewise.
     """
 
     attention: Mapping[int, StockProgram]
     dense: Mapping[int, StockProgram]
     experts: Mapping[str, StockProgram]
     head: StockProgram
+    sums: Mapping[int, StockProgram]
+    gather: StockProgram | None
 
 
 def programs_of(folder: Path, manifest: DecoderManifest) -> Programs:
@@ -181,7 +185,8 @@ def programs_of(folder: Path, manifest: DecoderManifest) -> Programs:
         by_role.setdefault(one.role, {})[one.layer] = one
         if one.role == "expert":
             experts[one.path.rpartition("/")[2]] = one
-    attention, dense, head = (by_role.get(role, {}) for role in ("attention", "dense", "head"))
+    attention, dense, sums = (_by_layer(by_role.get(role, {})) for role in ("attention", "dense", "sum"))
+    head, gather = (tuple(by_role.get(role, {}).values()) for role in ("head", "gather"))
     layers = manifest.graph.layers
     faults = [f"attention of layer {one.index}" for one in layers if one.index not in attention]
     faults += [
@@ -192,12 +197,11 @@ def programs_of(folder: Path, manifest: DecoderManifest) -> Programs:
     faults += ["head"] if len(head) != 1 else []
     if faults:
         raise BundleError(f"{folder}: the manifest names no stage for {', '.join(faults)}. {_REMEDY}")
-    return Programs(
-        {layer: one for layer, one in attention.items() if layer is not None},
-        {layer: one for layer, one in dense.items() if layer is not None},
-        experts,
-        next(iter(head.values())),
-    )
+    return Programs(attention, dense, experts, head[0], sums, gather[0] if gather else None)
+
+
+def _by_layer(found: Mapping[int | None, StockProgram]) -> dict[int, StockProgram]:
+    return {layer: one for layer, one in found.items() if layer is not None}
 
 
 def check_files(folder: Path, manifest: DecoderManifest, programs: Iterable[StockProgram]) -> frozenset[str]:
@@ -272,6 +276,11 @@ class ExpertTemplate:
 # --- keys and values -----------------------------------------------------------------------------------
 
 
+def past_rows(filled: int, context_tokens: int) -> int:
+    """Return how many rows of keys attention is handed when ``filled`` of them are the past: a power of two."""
+    return min(context_tokens, max(_LEAST_PAST, 1 << max(filled - 1, 0).bit_length()))
+
+
 class KeyValues:
     """Keys and values of one layer, in memory that grows with what was read.
 
@@ -309,7 +318,7 @@ class KeyValues:
         self._values.shaped(rows)[:, position:end] = values
 
     def _rows(self, filled: int) -> int:
-        return min(self._context_tokens, max(_LEAST_PAST, 1 << max(filled - 1, 0).bit_length()))
+        return past_rows(filled, self._context_tokens)
 
 
 class _Rows:

@@ -10,7 +10,6 @@ Importing this loads neither TensorRT nor anything that needs a driver; ``with``
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeflex.errors import BundleError, DeviceError, InputError, UnsupportedError
-from edgeflex.files import read_bytes
 from edgeflex.runtimes.cuda_driver import CudaContext, host_view
 from edgeflex.runtimes.loop import Outcome, check_input, check_thresholds, walk
+from edgeflex.runtimes.measure import DeviceMemory
 from edgeflex.runtimes.tensorrt_build import created, engines_for, messages_of, open_machine, read_recipe, said
+from edgeflex.runtimes.tensorrt_stages import load_engine
 from edgeflex.schema import Tier
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgeflex.bundle import Bundle
-    from edgeflex.runtimes.tensorrt_build import Machine
-    from edgeflex.schema import SegmentProgram
-    from edgeflex.schema_trt import BuiltEngine
+    from edgeflex.schema import Plan, SegmentProgram
 
     Float32 = NDArray[np.float32]
 
@@ -106,6 +104,7 @@ class TensorrtSession:
         self._stages: list[_Stage] = []
         self._stream = 0
         self._staging = 0
+        self._free_before = 0
         self._image: Float32 = np.zeros(0, dtype=np.float32)
 
     @classmethod
@@ -147,6 +146,20 @@ class TensorrtSession:
     def segment_count(self) -> int:
         """Number of segments, and of exits."""
         return len(self._segments)
+
+    def device_memory(self) -> DeviceMemory:
+        """Return what loading took of the device's memory: what is less free now, by the driver.
+
+        Other programs that take or free some meanwhile count too; never less is told than what the session allocated
+        itself and the engines say they need to work in.
+
+        Raises:
+            DeviceError: The session is closed, or the driver failed.
+        """
+        cuda = self._ready()
+        scratch = sum(int(engine.device_memory_size_v2) for engine in self._engines)
+        taken = self._free_before - cuda.free_bytes()
+        return DeviceMemory(max(taken, cuda.allocated_bytes + scratch), cuda.integrated)
 
     def __enter__(self) -> Self:
         """Load every engine, place its tensors, warm up and record its graph.
@@ -274,31 +287,13 @@ class TensorrtSession:
         self._stream = cuda.new_stream()
         self._messages = messages_of(machine.trt)
         self._runtime = created(machine.trt, "Runtime")
-        free_bytes = cuda.free_bytes()
-        self._engines = [self._engine(held[one.name], machine) for one in recipe.segments]
+        free_bytes = self._free_before = cuda.free_bytes()
+        self._engines = [load_engine(self._runtime, self._folder, held[one.name], machine) for one in recipe.segments]
         if recipe.options.weight_streaming:
-            limit_bytes = self._bundle.manifest.plan.budget.memory_bytes.get(Tier.DEVICE, free_bytes)
+            limit_bytes = device_limit(self._bundle.manifest.plan, free_bytes)
             _stream_weights(self._engines, min(limit_bytes, int(free_bytes * (1 - _RESERVE))))
         self._place(cuda, machine.trt)
         self._warm_up(cuda, record=recipe.cuda_graph)
-
-    def _engine(self, entry: BuiltEngine, machine: Machine) -> Any:
-        """Return one engine, of a file that is the one that was built."""
-        path = self._folder / entry.file
-        remedy = f"Build it again: edgeflex build {self._folder}"
-        try:
-            data = read_bytes(path, "the engine")
-        except InputError as error:
-            raise DeviceError(f"{error} {remedy}") from None
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BundleError(f"{path}: the engine differs from the SHA-256 that its index gives. {remedy}")
-        self._messages.errors.clear()
-        engine = self._runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            raise DeviceError(
-                f"{path}: TensorRT {machine.trt.__version__} refuses the engine: {said(self._messages)}. {remedy}"
-            )
-        return engine
 
     def _place(self, cuda: CudaContext, trt: Any) -> None:
         """Give every tensor its place for good; what one segment writes is where the next one reads."""
@@ -369,6 +364,13 @@ class TensorrtSession:
             logger.warning("%s runs without a CUDA graph: its replay gave another answer", stage.name)
             return 0
         return graph
+
+
+def device_limit(plan: Plan, free_bytes: int) -> int:
+    """Return the budget of the device's memory, which users call the memory where a GPU has its own."""
+    limits = plan.budget.memory_bytes
+    called = limits.get(Tier.HOST, free_bytes) if plan.memory_of == "gpu" else free_bytes
+    return limits.get(Tier.DEVICE, called)
 
 
 def _stream_weights(engines: Sequence[Any], limit_bytes: int) -> None:

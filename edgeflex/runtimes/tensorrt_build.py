@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeflex.bundle_moe import DecoderBundle
 from edgeflex.errors import BundleError, DeviceError, InputError, MissingDependencyError, UnsupportedError
 from edgeflex.files import read_bytes, sha256_file, write_atomic
 from edgeflex.progress import Progress, Silent
@@ -53,6 +54,8 @@ _INSTALL = "On Jetson: sudo apt-get install tensorrt python3-libnvinfer. On a de
 _CUDA_MAJORS = range(11, 20)
 _MOST_MESSAGES = 6
 _REBUILD = "Build them here: edgeflex build"
+# A network's plan is of its target; a decoder's is for all of them.
+_REMEDIES = {False: "Calibrate, plan and export", True: "Export its plan"}
 
 
 @dataclass(frozen=True)
@@ -211,20 +214,20 @@ def created(trt: Any, name: str) -> Any:
 # --- recipes and indices -----------------------------------------------------------------------------
 
 
-def read_recipe(bundle: Bundle) -> BuildRecipe:
-    """Return the recipe of a bundle.
+def read_recipe(bundle: Bundle | DecoderBundle) -> BuildRecipe:
+    """Return the recipe of a bundle, of a network's or of a decoder's.
 
     Raises:
         UnsupportedError: The bundle was exported for another backend.
         BundleError: It holds no recipe, or one that is not of its files.
     """
-    backend = bundle.manifest.backend
+    backend, decoder = bundle.manifest.backend, isinstance(bundle, DecoderBundle)
     if backend != "tensorrt":
         raise UnsupportedError(
             f"{bundle.path}: exported for {backend!r}, which has no TensorRT engines. "
-            "Calibrate, plan and export with --target tensorrt."
+            f"{_REMEDIES[decoder]} with --target tensorrt."
         )
-    path = bundle.file(RECIPE)
+    path = bundle.role(RECIPE) if isinstance(bundle, DecoderBundle) else bundle.file(RECIPE)
     try:
         recipe = BuildRecipe.parse(read_bytes(path, "the build recipe"), str(path))
     except InputError as error:
@@ -272,7 +275,7 @@ def _read_index(path: Path) -> EngineIndex | None:
 
 
 def build(
-    bundle: Bundle,
+    bundle: Bundle | DecoderBundle,
     *,
     out: Path | None = None,
     workspace_bytes: int | None = None,
@@ -287,7 +290,7 @@ def build(
     last.
 
     Args:
-        bundle: A checked bundle, exported for tensorrt.
+        bundle: A checked bundle, a network's or a decoder's, exported for tensorrt.
         out: The folder that gets the engines; the bundle's own by default, where the runtime looks for them.
         workspace_bytes: Most scratch memory for a layer; the recipe's by default.
         progress: Told what TensorRT's own monitor says.

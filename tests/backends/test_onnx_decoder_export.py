@@ -23,15 +23,15 @@ from edgeflex.exporters.onnx_decoder_graphs import enter_weight
 from edgeflex.models.decoder_reference import Reference
 from edgeflex.progress import Silent
 from edgeflex.schema import Choice, Precision
-from edgeflex.schema_moe import Attention, DecoderGraph, DecoderLayer, Expected, Routing
+from edgeflex.schema_moe import Expected
 from edgeflex.transforms.decoder_weights import quantize_matrix
-from tests.tiny_decoder import tiny_plan
+from tests.random_decoder import FAMILIES, family_graph, kind_plan, units_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgeflex.schema_moe import DecoderManifest, DecoderPlan, MatrixRecord
+    from edgeflex.schema_moe import DecoderGraph, DecoderManifest, MatrixRecord
 
 Float32 = NDArray[np.float32]
 FP32, INT8, INT4 = Precision.FP32, Precision.INT8_DYNAMIC, Precision.INT4_GROUP32
@@ -73,69 +73,6 @@ class MemorySource:
         return self.folder / "tokenizer.json"
 
 
-def family_graph(family: str) -> DecoderGraph:
-    """Return a small decoder with what is peculiar to a family."""
-    latent = family == "deepseek_v2"
-    norms: dict[str, Any] = {"olmoe": "projection", "qwen3_moe": "head"}
-    grouped: dict[str, Any] = {
-        "heads": 4,
-        "kv_heads": 4 if family == "olmoe" else 2,
-        "head_dim": 16,
-        "value_dim": 16,
-        "rotary_dim": 16,
-        "bias": family == "qwen2_moe",
-        "query_key_norm": norms.get(family, "none"),
-        "softmax_scale": 0.25,
-    }
-    latents = {"heads": 4, "kv_heads": 4, "head_dim": 24, "value_dim": 16, "rotary_dim": 8, "latent_dim": 32}
-    shape: dict[str, Any] = (
-        {"kind": "latent", **latents, "rotary_scale": 1.1, "softmax_scale": 0.2} if latent else grouped
-    )
-    rotary = shape["rotary_dim"]
-    shared = {"qwen2_moe": 32, "deepseek_v2": 96}.get(family, 0)
-    routing = Routing(experts=EXPERTS, top_k=3, normalised=not latent, scale=1.5 if latent else 1.0)
-    routed: dict[str, Any] = {"routing": routing, "expert_dim": 32, "shared_dim": shared}
-    routed["shared_gate"] = family == "qwen2_moe"
-    dense = [DecoderLayer(index=0, routing=None, dense_dim=96)] if latent else []
-    start = len(dense)
-    return DecoderGraph(
-        name="tiny",
-        family=family,  # type: ignore[arg-type]
-        weights_digest="0" * 64,
-        hidden_dim=HIDDEN,
-        vocabulary=VOCABULARY,
-        layers=(*dense, *(DecoderLayer(index=index, **routed) for index in range(start, start + 2))),
-        attention=Attention(
-            **shape, inverse_frequencies=tuple(10000.0 ** (-2 * one / rotary) for one in range(rotary // 2))
-        ),
-        norm_epsilon=1e-6,
-        tied_embedding=family == "mixtral",
-        context_tokens=64,
-    )
-
-
-FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v2")
-
-
-def units(graph: DecoderGraph) -> list[str]:
-    return sorted({unit for name in graph.matrix_shapes() if (unit := unit_of(name))})
-
-
-def precisions_of(graph: DecoderGraph, kind: str) -> dict[str, Precision]:
-    """Return one precision for all units, or, mixed, every one among experts and among dense parts."""
-    if kind != "mixed":
-        return dict.fromkeys(units(graph), Precision(kind))
-    turns = (INT4, INT8, FP32)
-    chosen = {unit: turns[place % 3] for place, unit in enumerate(units(graph))}
-    return chosen | {"embedding": INT8, "head": INT8 if graph.tied_embedding else INT4}
-
-
-def plan_of(graph: DecoderGraph, kind: str = "mixed", **changes: Any) -> DecoderPlan:
-    chosen = precisions_of(graph, kind)
-    choices = tuple(Choice(subject=unit, option=one.value) for unit, one in chosen.items())
-    return tiny_plan(graph, **{"choices": choices, **changes})
-
-
 def source_of(graph: DecoderGraph, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text("{}")
@@ -156,7 +93,7 @@ def made(tmp_path_factory):
     """The mixed bundle of the decoder with most in it: source, plan, folder, manifest."""
     folder = tmp_path_factory.mktemp("mixed")
     graph = family_graph("qwen2_moe")
-    source, plan = source_of(graph, folder / "model"), plan_of(graph)
+    source, plan = source_of(graph, folder / "model"), kind_plan(graph)
     return source, plan, folder / "bundle", export_onnx_decoder(source, plan, folder / "bundle")
 
 
@@ -260,7 +197,7 @@ def test_stages_chained_by_a_plain_host_give_the_reference_logits(family, tmp_pa
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, size=9).tolist()
     for kind in ("fp32", "int8-dynamic", "int4-group32", "mixed"):
         bundle = tmp_path / kind
-        manifest = export_onnx_decoder(source, plan_of(graph, kind), bundle)
+        manifest = export_onnx_decoder(source, kind_plan(graph, kind), bundle)
         found = host_logits(bundle, manifest, tokens, (1, 5, 1, 2))
         # what is not rounded comes from the source itself, so that nothing read from the bundle vouches for itself
         wanted = Reference(source, None if kind == "fp32" else BundleWeights(bundle, manifest.matrices, source))
@@ -316,7 +253,7 @@ def test_weights_are_on_disk_once_in_files_that_can_be_read_past_the_page_cache(
 def test_a_tied_head_and_the_embedding_are_the_same_bytes(tmp_path):
     graph = family_graph("mixtral")
     source = source_of(graph, tmp_path / "model")
-    manifest = export_onnx_decoder(source, plan_of(graph, "int4-group32"), tmp_path / "bundle")
+    manifest = export_onnx_decoder(source, kind_plan(graph, "int4-group32"), tmp_path / "bundle")
     records = {one.name: one for one in manifest.matrices}
     assert records["head"].model_copy(update={"name": "embedding"}) == records["embedding"]
     assert not (tmp_path / "bundle" / "weights").exists()
@@ -338,7 +275,7 @@ def test_large_matrices_are_dequantised_in_blocks_of_rows(kind, tmp_path, monkey
     monkeypatch.setattr(onnx_decoder_graphs, "_MOST_WEIGHTS", 2500)
     graph = family_graph("qwen2_moe")
     source = source_of(graph, tmp_path / "model")
-    manifest = export_onnx_decoder(source, plan_of(graph, kind), tmp_path / "bundle")
+    manifest = export_onnx_decoder(source, kind_plan(graph, kind), tmp_path / "bundle")
     model = onnx.load(str(tmp_path / "bundle/stages/head.onnx"), load_external_data=False)
     held = {one.name: list(one.dims) for one in model.graph.initializer if one.name.startswith("head")}
     if kind == "int8-dynamic":
@@ -390,7 +327,7 @@ def test_equal_experts_are_chosen_from_the_lowest_number_on(tmp_path):
     source = source_of(graph, tmp_path / "model")
     given = source.tensor
     source.tensor = lambda name: given(name) * np.float32(not name.endswith("router"))
-    manifest = export_onnx_decoder(source, plan_of(graph), tmp_path / "bundle")
+    manifest = export_onnx_decoder(source, kind_plan(graph), tmp_path / "bundle")
     a = graph.attention
     caches = {"key_cache": (a.kv_heads, 1, a.head_dim), "value_cache": (a.kv_heads, 1, a.value_dim)}
     feeds: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in caches.items()}
@@ -449,7 +386,7 @@ def test_the_callers_measurement_of_the_written_numbers_goes_into_the_manifest(t
         tokens = Reference(source, weights).generate((1, 2, 3), 4)
         return {"measured_kl": 0.25, "expected": (Expected(prompt=(1, 2, 3), tokens=tokens),)}
 
-    manifest = export_onnx_decoder(source, plan_of(graph), tmp_path / "bundle", measured=measured)
+    manifest = export_onnx_decoder(source, kind_plan(graph), tmp_path / "bundle", measured=measured)
     assert manifest.measured_kl == 0.25
     assert dict(measured(BundleWeights(tmp_path / "bundle", manifest.matrices, source))) == {
         "measured_kl": 0.25,
@@ -534,16 +471,16 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
     graph = family_graph("olmoe")
     source = source_of(graph, tmp_path / "model")
     with pytest.raises(InputError, match=said):
-        export_onnx_decoder(source, plan_of(graph, **change), tmp_path / "bundle")
+        export_onnx_decoder(source, kind_plan(graph, **change), tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_a_precision_of_no_decoder_kernel_is_refused(tmp_path):
     graph = family_graph("olmoe")
     source = source_of(graph, tmp_path / "model")
-    choices = tuple(Choice(subject=unit, option="int4-block64") for unit in units(graph))
+    choices = tuple(Choice(subject=unit, option="int4-block64") for unit in units_of(graph))
     with pytest.raises(UnsupportedError, match="decoders do not run int4-block64"):
-        export_onnx_decoder(source, plan_of(graph, choices=choices), tmp_path / "bundle")
+        export_onnx_decoder(source, kind_plan(graph, choices=choices), tmp_path / "bundle")
 
 
 def test_an_export_that_fails_late_leaves_what_was_there(made, tmp_path):
@@ -560,6 +497,6 @@ def test_an_export_that_fails_late_leaves_what_was_there(made, tmp_path):
         export_onnx_decoder(source, plan, bundle, overwrite=True, measured=failing)
     assert open_decoder_bundle(bundle).manifest == manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
-    whole = export_onnx_decoder(source, plan_of(source.graph, "fp32"), bundle, overwrite=True)
+    whole = export_onnx_decoder(source, kind_plan(source.graph, "fp32"), bundle, overwrite=True)
     assert open_decoder_bundle(bundle).manifest == whole
     assert not (bundle / "stages/expert-32.int4-group32.onnx").exists()

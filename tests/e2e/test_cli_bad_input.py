@@ -105,6 +105,11 @@ BAD_LINES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("bench", "in/bundle", "--data", "in/images", "--images", "0"),
         ("--images", "1", "edgeflex bench --help"),
     ),
+    (
+        "a decoder's options for a bundle of exits",
+        ("run", "in/bundle", "--data", "in/images", "--temperature", "0.5", "--vram", "1GiB"),
+        ("bundle of exits", "leave out --temperature, --vram"),
+    ),
     ("unknown network", ("inspect", "zoo:resnet21"), ("'resnet21'", "resnet20")),
     ("unknown module", ("inspect", "no_such_module:f", "--input-size", "32"), ("no_such_module",)),
     ("no model at all", ("inspect", "resnet20"), ("'resnet20'", "zoo:NAME")),

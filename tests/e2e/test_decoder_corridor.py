@@ -206,6 +206,79 @@ def test_the_plan_is_told_with_its_verdict_and_reasons(walk: Walk, edgeflex: Com
     assert {name: written[name] for name in same} == {name: walk.plan[name] for name in same}
 
 
+# --- plan for a GPU ----------------------------------------------------------------------------------------
+
+ON_A_CARD = ("plan", "in/calibration", "--prompt-tokens", 16, "--device", "rtx-4090")
+
+
+def least_of(document: dict[str, Any], name: str) -> int:
+    """Return the least bytes that a refusal names."""
+    return int(document["least"][name])
+
+
+def test_a_plan_for_a_card_divides_its_memory_and_says_what_else_was_tried(walk: Walk, here: Path, edgeflex: Command):
+    refusal = refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3, "GPU memory", "dense part takes")
+    least = least_of(refusal, "GPU memory")
+    everything = answered(*ON_A_CARD, "--vram", "4GiB", "-o", "whole.json")
+    assert (everything["verdict"], everything["gpu"]["placement"]) == ("fits", "resident")
+    budget = least + everything["gpu"]["vram_cache_bytes"] // 2
+    plan = answered(*ON_A_CARD, "--vram", budget, "--memory", "4GiB", "-o", "card.json")
+    gpu = plan["gpu"]
+    assert sum(gpu["memory"].values()) <= budget
+    assert sum(plan["predicted"]["memory"].values()) <= 4 << 30
+    assert gpu["origin"] == "datasheet"
+    assert {one["placement"] for one in gpu["trials"]} == {"cache", "static", "cpu"}
+    assert plan["predicted"]["token_s"]["value"] == min(one["token_s"] for one in gpu["trials"])
+    assert plan["predicted"]["bound_token_s"] <= plan["predicted"]["token_s"]["value"]
+    told = edgeflex(*ON_A_CARD, "--vram", budget, "--memory", "4GiB", "-o", "again.json")
+    assert told.code == 0
+    assert "Placements tried with these memories" in told.out
+    assert "nothing was measured on it" in " ".join(told.out.split())
+    assert json.loads(Path("again.json").read_text())["gpu"] == gpu
+
+
+def test_a_plan_for_a_card_is_exported_and_a_run_on_a_device_takes_its_placement(here: Path, edgeflex: Command):
+    least = least_of(refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3), "GPU memory")
+    plan = answered(*ON_A_CARD, "--vram", least + 20_000, "-o", "card.json")
+    line = ("export", "card.json", "-m", "in/model", "--calibration", "in/calibration", "--no-stock", "-q")
+    manifest = answered(*line, "-o", "placed")
+    assert manifest["plan"]["gpu"] == plan["gpu"]
+    run = answered("run", "placed", *SHORT, "--device", "cpu-torch")
+    assert len(run["tokens"]) == 12
+    assert run["cache"]["capacity_bytes"] == plan["gpu"]["vram_cache_bytes"]
+    report = edgeflex("report", "placed", "-o", "page.html")
+    assert report.code == 0
+    page = Path("page.html").read_text()
+    assert "Placement" in page
+    assert "rates from data sheets at least in part" in page
+
+
+def test_a_board_with_one_memory_gets_one_tier_and_the_reason(here: Path, edgeflex: Command):
+    board = ("plan", "in/calibration", "--prompt-tokens", 16, "--device", "jetson-orin-nano-8gb")
+    plan = answered(*board, "--vram", "4GiB", "--memory", "6GiB")
+    assert plan["gpu"]["one_memory"]
+    assert plan["gpu"]["ram_cache_bytes"] == 0
+    assert any("offloading to RAM gains nothing" in one for one in plan["reasons"])
+
+
+def test_a_plan_without_a_gpu_says_nothing_of_one(walk: Walk):
+    assert "gpu" not in walk.plan
+    assert "vram_bytes" not in walk.plan["budget"]
+
+
+def test_options_of_a_gpu_need_its_memory_and_a_gpu_needs_a_name(
+    here: Path, edgeflex: Command, monkeypatch: pytest.MonkeyPatch
+):
+    refused(edgeflex, ON_A_CARD, 2, "--device", "--vram")
+    refused(edgeflex, ("plan", "in/calibration", "--link", "25GB"), 2, "--link", "--vram")
+    refused(edgeflex, ("plan", "--dry-run", "in/model", "--vram", "6GiB"), 2, "--vram", "headers")
+    monkeypatch.setattr("edgeflex.profiles.cuda.cuda_problem", lambda: "no NVIDIA driver")
+    refused(edgeflex, ("plan", "in/calibration", "--vram", "6GiB"), 2, "no NVIDIA driver", "--device rtx-4090")
+
+
+# --- export ------------------------------------------------------------------------------------------------
+
+
 def test_export_holds_the_plan_and_says_how_far_it_is_from_fp32(walk: Walk):
     assert walk.manifest["plan"] == walk.plan
     assert walk.manifest["measured_kl"] > 0
@@ -217,6 +290,19 @@ def test_export_holds_the_plan_and_says_how_far_it_is_from_fp32(walk: Walk):
     assert {unit: stored[unit] for unit in stored if ".experts." in unit} == {
         unit: chosen[unit] for unit in chosen if ".experts." in unit
     }
+
+
+def test_the_same_plan_is_exported_for_tensorrt_with_the_same_numbers(walk: Walk, edgeflex: Command, here: Path):
+    line = ("export", "in/plan.json", "-m", "in/model", "--calibration", "in/calibration", "--target", "tensorrt", "-q")
+    done = edgeflex(*line, "-o", "engines")
+    assert done.code == 0, done.err
+    assert "Next: on the device: edgeflex build engines" in done.out
+    manifest = json.loads(Path("engines/manifest.json").read_text())
+    assert manifest["backend"] == "tensorrt"
+    for name in ("plan", "measured_kl", "measured_perplexity", "router_agreement", "expected", "points"):
+        assert manifest[name] == walk.manifest[name], name
+    recipe = json.loads(Path("engines/build.json").read_text())
+    assert {one["onnx"] for one in recipe["segments"]} == {one["path"] for one in manifest["programs"]}
 
 
 def test_a_run_answers_and_counts(walk: Walk):
@@ -276,6 +362,24 @@ def test_memory_and_files_are_measured_as_promised_and_reported(walk: Walk, here
 
 
 # --- the same text, whatever the cache --------------------------------------------------------------------
+
+
+def test_a_benchmark_on_a_device_is_recorded_told_and_drawn(here: Path, edgeflex: Command):
+    """The processor stands in for the GPU."""
+    shutil.copytree("in/bundle", "bundle")
+    line = ("bench", "bundle", "--text", "in/text.txt", "--max-tokens", 12, "--repeats", 1, "--device", "cpu-torch")
+    told = edgeflex(*line, "--vram", "64MiB", "--cache", "32KiB", "-q")
+    assert told.code == 0
+    assert "Share of the watched time" in told.out
+    record = json.loads((here / "bench.json").read_text())["device"]
+    assert record["requested_bytes"] == 64 << 20
+    assert record["tokens"] == 3 * 11
+    assert sum(record["busy_s"].values()) > 0
+    edgeflex("report", "bundle", "--bench", "bench.json", "-o", "device.html")
+    page = (here / "device.html").read_text()
+    assert "<h2>Device</h2>" in page
+    assert "Who waited" in page
+    refused(edgeflex, ("bench", "bundle", "--text", "in/text.txt", "--vram", "1GiB"), 2, "--device cuda")
 
 
 @pytest.mark.parametrize("cache", ["8KiB", "16KiB", "24KiB", "40KiB", "1MiB"])

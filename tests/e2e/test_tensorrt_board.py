@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 from tests.fake_cuda import FakeCuda
+from tests.random_decoder import RandomSource, family_graph, kind_plan
 from tests.toy_bundle import write_images
 from tests.toy_engines import install, write_exported_bundle
 
@@ -41,4 +43,16 @@ def test_engines_are_built_run_and_kept(edgeflex, board, tmp_path):
     again = edgeflex("build", bundle, "--workspace", "64MiB", "--json", "--quiet")
     assert again.document["key"]["tensorrt"] == "10.3.0"
     assert len(board.named("Builder.build_serialized_network")) == 3
+    assert board.cuda.alive == []
+
+
+def test_engines_of_a_decoder_are_built_too(edgeflex, board, tmp_path):
+    graph = family_graph("olmoe")
+    bundle = tmp_path / "bundle"
+    source: Any = RandomSource(graph, tmp_path / "model")
+    export_tensorrt_decoder(source, kind_plan(graph, "int4-group32"), bundle)
+    built = edgeflex("build", bundle, "--quiet")
+    assert built.code == 0, built.err
+    assert "engines/expert-32.int4-group32.engine" in built.out
+    assert f'Next: edgeflex run {bundle} --prompt "Once upon a time"' in built.out
     assert board.cuda.alive == []

@@ -14,6 +14,7 @@ from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_streams import CUDA_LIBRARY_BYTES, CudaStreams
 from edgeflex.runtimes.cuda_weights import open_experts
 from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.device_record import record_of
 from tests.tiny_decoder import write_tiny_bundle
 
 pytestmark = pytest.mark.needs_gpu
@@ -74,6 +75,19 @@ def test_copies_start_from_pinned_memory_and_take_time(bundle):
     assert done.pinned
     assert done.upload_s > 0
     assert done.errors["link"].samples > 0
+
+
+def test_watched_events_lie_on_one_axis_and_peak_memory_is_counted(bundle):
+    with DecoderSession.from_bundle(bundle, settings(bundle, 32 << 10, 1 << 30, record=True)) as session:
+        for _ in range(3):
+            list(session.generate(PROMPT, NEW))
+        found = record_of(session, [session.stats()])
+    assert found.passes > 0 < found.events
+    assert all(max(one.actual_busy_s) <= one.actual_s * 1.001 + 1e-6 for one in found.sample)
+    assert found.event_s <= found.pass_s
+    assert found.hidden_share is not None
+    assert 0 < (found.peak_bytes or 0) <= found.planned_bytes
+    assert 0 < (found.bound_share or 0) < 1
 
 
 def test_bf16_with_grouped_products_stays_near_fp32(bundle):

@@ -30,13 +30,14 @@ OTHERS = {"scp", "sudo", "python3", ".", "pip", "cd", "sh"}
 ON_BOARD = (
     *("edgeflex.cli", "edgeflex.flow", "edgeflex.profiles.doctor", "edgeflex.images", "edgeflex.bundle"),
     *("edgeflex.runtimes.tensorrt", "edgeflex.runtimes.tensorrt_build", "edgeflex.runtimes.cuda_driver"),
+    *("edgeflex.runtimes.tensorrt_decoder", "edgeflex.runtimes.decoder", "edgeflex.runtimes.decoder_bench"),
     *("edgeflex.runtimes.bench", "edgeflex.runtimes.verify", "edgeflex.runtimes.recorder", "edgeflex.reports.html"),
 )
 
 
-def lines() -> list[str]:
-    """Every line of the page's shell blocks."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+def lines(text: str = TEXT) -> list[str]:
+    """Every line of a text's shell blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -66,10 +67,12 @@ def limits(requirement: str) -> set[str]:
     return set(re.sub(r"^[\w.-]+", "", requirement).split(","))
 
 
-COMMANDS = [line for line in lines() if line.startswith("edgeflex ")]
+DECODERS = re.findall(r"^## Decoders\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL)[0]
+OF_DECODERS = [line for line in lines(DECODERS) if line.startswith("edgeflex ")]
+COMMANDS = [line for line in lines(TEXT.replace(DECODERS, "")) if line.startswith("edgeflex ")]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [*COMMANDS, *OF_DECODERS])
 def test_every_edgeflex_line_of_the_page_parses(line: str) -> None:
     parsed(line)
 
@@ -89,7 +92,7 @@ def test_the_page_walks_the_whole_way_in_order() -> None:
 
 
 def test_every_other_line_calls_a_program_that_the_page_may_call() -> None:
-    words = [shlex.split(line) for line in lines() if line not in COMMANDS]
+    words = [shlex.split(line) for line in lines() if line not in {*COMMANDS, *OF_DECODERS}]
     programs = {next(word for word in line if "=" not in word) for line in words}
     assert programs <= OTHERS
 
@@ -111,6 +114,16 @@ def test_what_one_command_writes_is_what_the_next_one_reads() -> None:
         assert given[reader]["bundle"] == given["export"]["output"]
     for writer, read in (("bench", "bench_file"), ("verify", "verify_file"), ("run", "stats_file")):
         assert given["report"][read] == given[writer]["output"]
+
+
+def test_a_decoder_takes_the_same_way() -> None:
+    given = {shlex.split(line)[1]: parsed(line) for line in OF_DECODERS}
+    assert list(given) == ["calibrate", "plan", "export", "build", "run"]
+    assert given["export"]["target"] == "tensorrt"
+    assert given["calibrate"]["model"] == given["export"]["model"]
+    assert given["plan"]["calibration"] == given["export"]["calibration"] == given["calibrate"]["output"]
+    assert given["export"]["plan_file"] == given["plan"]["output"]
+    assert given["build"]["bundle"] == given["run"]["bundle"] == given["export"]["output"]
 
 
 def test_files_of_the_repository_that_the_page_names_exist() -> None:

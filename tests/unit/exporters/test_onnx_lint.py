@@ -296,6 +296,31 @@ def uint8_weights() -> Draft:
     return draft
 
 
+def uint8_border(kind: int = TensorProto.FLOAT16, back: int = TensorProto.FLOAT16) -> Draft:
+    """Bytes in and bytes out, in floats between: as TensorRT takes them."""
+    draft = Draft(inputs=[value("b", [4], TensorProto.UINT8)], outputs=[value("y", [4], TensorProto.UINT8)])
+    draft.node("Cast", ["b"], "whole", to=kind)
+    draft.node("Abs", ["whole"], "positive")
+    draft.node("Cast", ["positive"], "rounded", to=back)
+    draft.node("Cast", ["rounded"], "y", to=TensorProto.UINT8)
+    return draft
+
+
+def uint8_reshaped() -> Draft:
+    draft = Draft(inputs=[value("b", [4], TensorProto.UINT8)], outputs=[value("y", [2, 2])])
+    draft.constants = {"shape": np.asarray([2, 2], np.int64)}
+    draft.node("Reshape", ["b", "shape"], "square")
+    draft.node("Cast", ["square"], "y", to=TensorProto.FLOAT)
+    return draft
+
+
+def uint8_inside() -> Draft:
+    draft = Draft(inputs=[value("x", [4])], outputs=[value("y", [4])])
+    draft.node("Cast", ["x"], "bytes", to=TensorProto.UINT8)
+    draft.node("Cast", ["bytes"], "y", to=TensorProto.FLOAT)
+    return draft
+
+
 def fp4_weights() -> Draft:
     draft = int4_linear()
     draft.opsets = {"": 23}
@@ -398,6 +423,15 @@ PLANTS: dict[str, tuple[Any, str, set[Any]]] = {
     "uint8 weights": (uint8_weights, "tensor-type", EVERY),
     "double input": (lambda: with_input(operator("Relu"), value("d", [1], TensorProto.DOUBLE)), "border-type", EVERY),
     "uint16 input": (lambda: with_input(operator("Relu"), value("d", [1], TensorProto.UINT16)), "border-type", EVERY),
+    "bytes that are reshaped": (uint8_reshaped, "uint8-cast", EVERY),
+    "bytes cast to int32": (
+        lambda: uint8_border(TensorProto.INT32, TensorProto.FLOAT),
+        "uint8-cast",
+        EVERY,
+    ),
+    "bytes cast to bfloat16": (lambda: uint8_border(TensorProto.BFLOAT16), "uint8-cast", EVERY),
+    "bytes made from int32": (lambda: uint8_border(back=TensorProto.INT32), "uint8-cast", EVERY),
+    "bytes inside": (uint8_inside, "uint8-cast", EVERY),
     "bare axis": (lambda: with_input(operator("Relu"), value("d", [1, None])), "axis-named", EVERY),
     "no shape": (
         lambda: with_input(operator("Relu"), helper.make_tensor_value_info("d", TensorProto.FLOAT, None)),
@@ -477,6 +511,7 @@ CLEAN = {
     "fp8 convolution": fp8_convolution,
     "all together": mixed,
     "plain": lambda: operator("Relu"),
+    "bytes at the border": uint8_border,
 }
 
 

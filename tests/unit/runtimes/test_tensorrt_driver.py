@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -182,12 +183,109 @@ def test_a_graph_that_cannot_be_made_ready_is_dropped():
     assert cuda.alive == []
 
 
-def test_events_measure_seconds():
-    context = CudaContext(FakeCuda())
+def test_events_measure_the_seconds_between_them():
+    cuda = FakeCuda()
+    context = CudaContext(cuda)
     stream = context.new_stream()
     start, end = context.new_event(timing=True), context.new_event(timing=True)
     context.record(start, stream)
+    cuda.submit(stream, lambda: time.sleep(0.01))
     context.record(end, stream)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_NOT_READY"):
+        context.elapsed_s(start, end)
     context.wait_for(end)
-    assert context.elapsed_s(start, end) == pytest.approx(2.5e-3)
+    assert 0.01 <= context.elapsed_s(start, end) < 1.0
+    context.close()
+
+
+# --- memory that is given back early, and pages that the device shares ---------------------------------
+
+
+def test_memory_can_be_given_back_before_the_rest_and_only_once():
+    cuda = FakeCuda()
+    context = CudaContext(cuda)
+    first, second, pinned = context.allocate(1000), context.allocate(500), context.allocate_pinned(100)
+    assert context.allocated_bytes == 1500
+    for _ in range(2):
+        context.free(first)
+        context.free(pinned)
+    assert context.allocated_bytes == 500
+    assert list(cuda.device_memory) == [second]
+    assert cuda.host_memory == {}
+    context.close()
+    assert cuda.alive == []
+    assert cuda.calls.count("cuMemFree_v2") == 2
+
+
+@pytest.mark.parametrize("fail", [{}, {"cuMemHostRegister_v2": (1, 801)}], ids=["own pages", "the driver's pages"])
+def test_the_device_reads_and_writes_pages_of_the_host_where_they_lie(fail):
+    cuda = FakeCuda(fail=fail)
+    context = CudaContext(cuda)
+    stream, device = context.new_stream(), context.allocate(10_000)
+    pages = context.host_pages(10_000)
+    assert pages.data.size == 10_000
+    assert pages.data.ctypes.data % 4096 == pages.address % 256 == 0
+    assert pages.counted is not bool(fail)
+    assert not pages.data.any()
+    pages.data[:] = np.arange(10_000) % 251
+    context.copy(device, pages.address + 256, 1000, stream)
+    context.copy(pages.address, device, 1000, stream)
+    context.synchronize(stream)
+    assert np.array_equal(pages.data[:1000], np.arange(256, 1256) % 251)
+    context.free(pages.address)
+    assert not cuda.registered
+    assert not cuda.host_memory
+    assert not cuda.shared
+    context.host_pages(1)
+    context.close()
+    assert cuda.alive == []
+
+
+def test_pages_that_the_device_does_not_find_are_given_back():
+    cuda = FakeCuda(fail={"cuMemHostGetDevicePointer_v2": (1, 1)})
+    context = CudaContext(cuda)
+    with pytest.raises(DeviceError, match="cuMemHostGetDevicePointer_v2 failed"):
+        context.host_pages(4096)
+    assert cuda.registered == {}
+    context.close()
+    assert cuda.alive == []
+
+
+def test_more_pages_than_the_machine_has_are_refused_before_the_driver_is_asked():
+    cuda = FakeCuda()
+    context = CudaContext(cuda)
+    with pytest.raises(DeviceError, match="Give a smaller cache"):
+        context.host_pages(1 << 62)
+    assert "cuMemHostRegister_v2" not in cuda.calls
+    context.close()
+
+
+def test_rows_are_copied_from_one_pitch_to_another():
+    cuda = FakeCuda()
+    context = CudaContext(cuda)
+    stream, source, target = context.new_stream(), context.allocate(600), context.allocate(600)
+    context.fill_zeros(target, 600, stream)
+    context.synchronize(stream)
+    cuda.device_memory[source][:] = np.arange(600) % 256
+    context.copy_rows((target + 4, 100), (source + 8, 30), 20, 5, stream)
+    context.synchronize(stream)
+    found = cuda.device_memory[target][4:504].reshape(5, 100)
+    wanted = cuda.device_memory[source][8:158].reshape(5, 30)
+    assert np.array_equal(found[:, :20], wanted[:, :20])
+    assert not found[:, 20:].any()
+    context.close()
+
+
+def test_one_stream_waits_for_anothers_event():
+    cuda = FakeCuda()
+    context = CudaContext(cuda)
+    first, second, event = context.new_stream(), context.new_stream(), context.new_event()
+    done: list[str] = []
+    cuda.submit(first, lambda: done.append("copied"))
+    context.record(event, first)
+    cuda.submit(first, lambda: done.append("later"))
+    context.order_after(event, second)
+    cuda.submit(second, lambda: done.append("computed"))
+    context.synchronize(second)
+    assert done == ["copied", "computed"]
     context.close()
