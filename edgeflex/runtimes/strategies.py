@@ -1,7 +1,8 @@
 """Who decides about an event: ours and the published rules, each over the same cache class and the same curves.
 
     ours       schedule of least span; what enters VRAM must be likelier to be used than what leaves for it; the link
-               copies likely experts ahead whenever no upload is waiting, if that pays
+               copies likely experts ahead whenever no upload is waiting, if that pays; one missing expert of an event
+               may be divided between CPU and GPU
     hybrimoe   HybriMoE's rule with its published constants, MRS, slots shared out over the layers
     fiddler    a static list of popular experts, 7 n against 70
     lru        every miss is uploaded, one global LRU (llama.cpp's expert cache)
@@ -10,6 +11,13 @@
 A ``Host`` serves one event after another and says how long each took. Copies ahead go in chunks, and one that has
 begun holds the link for a chunk at most when an upload comes; from its beginning it takes the slot of what leaves for
 it. Copies from VRAM back to RAM (exclusive tiers) use the link's other direction and cost nothing here.
+
+What ours asks of a runtime: one stream of copies beside the stream that computes; an event at the end of each copy,
+which the GPU waits for before it computes that expert; copies ahead behind the uploads in the same stream, in chunks
+so that an upload is not held up; the set of an event known to the host before anything of it starts. ``cuda_experts``
+does all that but for the chunks (it copies whole experts ahead) and the division, which needs records packed in slices
+and one slot of VRAM more (see ``division``); without it (``Machine.part_s`` infinite, as it is by default) experts
+stay whole. Nothing here looks at what comes: rates are learned from events gone by.
 """
 
 from __future__ import annotations
@@ -24,22 +32,26 @@ import numpy as np
 from edgeflex.errors import InputError
 from edgeflex.runtimes.ahead_time import EventTime, event_time
 from edgeflex.runtimes.curves import Curve, Curves
+from edgeflex.runtimes.division import Divider
 from edgeflex.runtimes.reuse import ReusePolicy
 from edgeflex.runtimes.schedule import Scheduler, all_upload, fiddler, hybrimoe, static
-from edgeflex.runtimes.tiers import TieredCache, part_weights
+from edgeflex.runtimes.tiers import AheadCache, TieredCache, part_weights
 from edgeflex.runtimes.timeline import Active, Schedule, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from edgeflex.runtimes.division import Division
     from edgeflex.runtimes.replacement import Policy
     from edgeflex.runtimes.timeline import Cost, Key, Place
     from edgeflex.runtimes.trace import TraceEvent
 
     Int64 = NDArray[np.int64]
     Rule = Callable[[Sequence[Active], Curves, bool], Schedule]
+
+__all__ = ["BASELINES", "AheadCache", "Host", "Machine", "Served", "Setup", "Strategy", "StrategyName"]
 
 StrategyName = Literal["ours", "hybrimoe", "fiddler", "lru", "static"]
 BASELINES: tuple[StrategyName, ...] = ("hybrimoe", "fiddler", "lru", "static")
@@ -58,17 +70,21 @@ class Machine:
         dense: Seconds of a layer's other work over the pass's tokens, on the GPU.
         token_s: What a pass costs beside its layers.
         chunk_bytes: Of copies ahead; an upload waits for one at most.
+        part_s: What the second launch costs where an expert is divided between CPU and GPU (see ``division``);
+            infinite: the runtime cannot.
     """
 
     curves: Curves
     dense: Curve = field(default_factory=lambda: Curve(((1, 0.0),)))
     token_s: float = 0.0
     chunk_bytes: int = 1 << 18
+    part_s: float = inf
 
     def scaled(self, factor: float) -> Machine:
         """Return a machine whose every second is multiplied by ``factor``."""
         curves = self.curves.scaled(gpu=factor, cpu=factor, link=factor, disk=factor)
-        return replace(self, curves=curves, dense=self.dense.scaled(factor), token_s=self.token_s * factor)
+        dense, part_s = self.dense.scaled(factor), self.part_s * factor
+        return replace(self, curves=curves, dense=dense, token_s=self.token_s * factor, part_s=part_s)
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,8 @@ class Host:
         self._all_in_ram = all_in_ram
         self._costs: dict[tuple[int, int, str], Cost] = {}
         self._plans: dict[tuple[object, ...], Schedule] = {}
+        self._times: dict[tuple[object, ...], EventTime] = {}
+        self._shape: tuple[object, ...] = ()
         self.peak_bytes = 0
 
     def cache(self, layer: int) -> TieredCache | None:
@@ -132,14 +150,24 @@ class Host:
             rows_of: Tokens that use each.
         """
         active = self._find(event, part, rows_of)
-        plan = self._planned(active, decoding=event.decoding)
-        time, ahead_bytes = self._pass(event.layer, plan, active)
-        self._admit(event.layer, plan, active)
-        return Served(active, plan, time, ahead_bytes)
+        costs = self._costs_of(active)
+        plan, division = self._divided(self._planned(active, decoding=event.decoding), active, costs)
+        if division is not None:
+            costs[division.key] = division.cost
+        time, ahead_bytes = self._pass(event.layer, plan, active, costs)
+        self._admit(event.layer, plan, active, division)
+        return Served(active, plan, time, ahead_bytes, division)
+
+    def _divided(
+        self, plan: Schedule, active: Sequence[Active], costs: Mapping[Key, Cost]
+    ) -> tuple[Schedule, Division | None]:
+        """Return the schedule with what it divides; published rules divide nothing."""
+        del active, costs
+        return plan, None
 
     def _planned(self, active: Sequence[Active], *, decoding: bool) -> Schedule:
         """Follow the rule, once for each shape of event: it looks at places, rows and sizes in their order only."""
-        shape = (decoding, *((one.place, one.rows, one.size_bytes) for one in active))
+        shape = self._shape = (decoding, *[(one.place, one.rows, one.size_bytes) for one in active])
         if shape not in self._plans:
             numbered = [replace(one, key=(0, number)) for number, one in enumerate(active)]
             self._plans[shape] = self._rule(numbered, self._curves, decoding)
@@ -157,10 +185,14 @@ class Host:
             read=named(plan.read),
         )
 
-    def _pass(self, layer: int, plan: Schedule, active: Sequence[Active]) -> tuple[EventTime, int]:
-        """Return the event's time, and the bytes that were copied ahead in it."""
-        del layer
-        return event_time(plan, self._costs_of(active), self._curves), 0
+    def _pass(
+        self, layer: int, plan: Schedule, active: Sequence[Active], costs: Mapping[Key, Cost]
+    ) -> tuple[EventTime, int]:
+        """Return the event's time, which its shape decides, and the bytes that were copied ahead in it."""
+        del layer, active
+        if self._shape not in self._times:
+            self._times[self._shape] = event_time(plan, costs, self._curves)
+        return self._times[self._shape], 0
 
     def _find(self, event: TraceEvent, part: Sequence[int], rows_of: Mapping[int, int]) -> list[Active]:
         cache, sizes = self.cache(event.layer), self._sizes[event.layer]
@@ -183,7 +215,7 @@ class Host:
             costs[one.key] = self._costs[shape]
         return costs
 
-    def _admit(self, layer: int, plan: Schedule, active: Sequence[Active]) -> None:
+    def _admit(self, layer: int, plan: Schedule, active: Sequence[Active], division: Division | None) -> None:
         """Let into VRAM what is to stay there, as far as it fits beside the event's hits."""
         cache = self.cache(layer)
         if cache is None:
@@ -192,7 +224,7 @@ class Host:
         room = cache.vram.capacity_bytes - sum([one.size_bytes for one in active if one.key in cache.vram])
         chosen = []
         for key in self.keeps(plan, active):
-            if size_of[key] <= room:
+            if size_of[key] <= room and (division is None or key != division.key):
                 chosen.append(key[1])
                 room -= size_of[key]
         cache.admit(chosen)
@@ -203,12 +235,13 @@ class Host:
 
 
 class Served(NamedTuple):
-    """What serving an event came to: experts as found, schedule, time, and bytes copied ahead."""
+    """What serving an event came to: experts as found, schedule, time, bytes copied ahead, and what was divided."""
 
     active: list[Active]
     plan: Schedule
     time: EventTime
     ahead_bytes: int
+    division: Division | None
 
 
 class _GlobalHost(Host):
@@ -223,10 +256,14 @@ class _GlobalHost(Host):
         *,
         all_in_ram: bool,
         keeping: bool,
+        divides: bool = False,
     ) -> None:
         super().__init__(machine, sizes, rule, all_in_ram=all_in_ram)
         self._cache = cache
         self._keeping = keeping
+        self._divider = Divider(self._curves, machine.part_s) if divides else None
+        self._staged_bytes = int(sizes.max()) if divides else 0
+        self._link_price = 0.0  # seconds saved later for each that the link copies ahead
         self._note_peak(cache)
 
     def cache(self, layer: int) -> TieredCache | None:
@@ -234,13 +271,24 @@ class _GlobalHost(Host):
         del layer
         return self._cache
 
+    def _divided(
+        self, plan: Schedule, active: Sequence[Active], costs: Mapping[Key, Cost]
+    ) -> tuple[Schedule, Division | None]:
+        if self._divider is None:
+            return plan, None
+        return self._divider.divide(plan, active, costs, self._whole(), self._link_price)
+
+    def _whole(self) -> Collection[Key]:
+        """Return what must not be divided."""
+        return ()
+
     def keeps(self, plan: Schedule, active: Sequence[Active]) -> Sequence[Key]:
         """Keep all, or none."""
         del active
         return plan.uploaded if self._keeping else ()
 
     def _note_peak(self, cache: TieredCache) -> None:
-        self.peak_bytes = max(self.peak_bytes, cache.vram.resident_bytes)
+        self.peak_bytes = max(self.peak_bytes, cache.vram.resident_bytes + self._staged_bytes)
 
 
 class _LayerHost(Host):
@@ -266,33 +314,6 @@ class _LayerHost(Host):
         """Do nothing: the slots are all taken from the start."""
 
 
-class AheadCache(TieredCache):
-    """Tiers into whose VRAM experts also come between events, copied ahead."""
-
-    def bring(self, layer: int, key: Key, policy: ReusePolicy, pinned: Sequence[int] = ()) -> tuple[Key, ...]:
-        """Let an expert that lies in RAM into VRAM, and return what left VRAM for it.
-
-        Args:
-            layer: Where the decoder is.
-            key: The expert, whose copy begins.
-            policy: VRAM's.
-            pinned: Keys (``layer * experts + expert``) that must stay.
-        """
-        experts = len(self._sizes[0])
-        excess = self._vram.resident_bytes + self._sizes[key[0]][key[1]] - self._vram.capacity_bytes
-        evicted = []
-        while excess > 0:
-            victim, _ = policy.next_victims(layer, 1, pinned)[0]
-            evicted.append(divmod(victim, experts))
-            self._vram.release(evicted[-1][0], (evicted[-1][1],))
-            excess -= self._sizes[evicted[-1][0]][evicted[-1][1]]
-        self._vram.load(*key)
-        if self._ram is not None and self._exclusive:
-            self._ram.release(key[0], (key[1],))
-            self._ram.take(evicted)
-        return tuple(evicted)
-
-
 class _OurHost(_GlobalHost):
     """Ours with a cache that changes: uploads stay for less likely experts only, and the link copies ahead."""
 
@@ -307,17 +328,19 @@ class _OurHost(_GlobalHost):
         *,
         all_in_ram: bool,
         exclusive: bool,
+        divides: bool,
     ) -> None:
-        super().__init__(machine, sizes, rule, cache, all_in_ram=all_in_ram, keeping=True)
+        super().__init__(machine, sizes, rule, cache, all_in_ram=all_in_ram, keeping=True, divides=divides)
         self._ahead_cache = cache
         self._policy = policy
         self._experts = sizes.shape[1]
         self._horizon = horizon
         self._copy_s = self._curves.link_s(int(sizes.max()))
         # what the CPU loses while it shares the RAM with one copy, over what a hit saves it
-        beside = self._copy_s * (1.0 - 1.0 / self._curves.cpu_beside_link)
-        self._saved_s = self._curves.cpu_s(1)
-        self._least_gain = beside / (horizon * self._saved_s) if horizon else inf
+        self._beside_s = self._copy_s * (1.0 - 1.0 / self._curves.cpu_beside_link)
+        # a miss is served by CPU and link together
+        self._saved_s = 1.0 / (1.0 / self._curves.cpu_s(1) + 1.0 / self._copy_s)
+        self._least_gain = self._beside_s / (horizon * self._curves.cpu_s(1)) if horizon else inf
         self._largest = int(sizes.max())
         self._victims: list[float] = []
         self._copies = not exclusive
@@ -355,15 +378,20 @@ class _OurHost(_GlobalHost):
         step_s = self._saved_s / _WORTH_STEPS
         return step_s * min(int(max(0.0, gain) * self._horizon * _WORTH_STEPS), _MOST_WORTH)
 
-    def _pass(self, layer: int, plan: Schedule, active: Sequence[Active]) -> tuple[EventTime, int]:
+    def _pass(
+        self, layer: int, plan: Schedule, active: Sequence[Active], costs: Mapping[Key, Cost]
+    ) -> tuple[EventTime, int]:
         uploaded = set(plan.uploaded)
         self._look_ahead(plan)
         queue = [one for one in self._queue() if one[0] not in uploaded]
         chunk_s = self._machine.chunk_bytes / self._curves.link_bytes_per_s
         held_s = min(chunk_s, self._under_way[0][1]) if self._under_way else 0.0
         work_s = [left_s for _, left_s in queue]
-        time = event_time(plan, self._costs_of(active), self._curves, work_s, held_s)
+        time = event_time(plan, costs, self._curves, work_s, held_s)
         return time, self._arrive(layer, queue, time.ahead_s, self._keys(active))
+
+    def _whole(self) -> Collection[Key]:
+        return [key for key, _ in self._under_way]
 
     def _planned(self, active: Sequence[Active], *, decoding: bool) -> Schedule:
         """Ask the scheduler, which has a memory of its own."""
@@ -392,11 +420,13 @@ class _OurHost(_GlobalHost):
         count = min(_MOST_AHEAD, ceil(seconds / self._copy_s) + 1)
         barred = [key[0] * self._experts + key[1] for key in (*plan.uploaded, *(key for key, _ in self._under_way))]
         candidates = self._policy.likeliest_absent(count, barred)
-        self._next = []
+        self._next, gains = [], [0.0]
         for (key, rate), victim in zip(candidates, self._victims[len(plan.uploaded) :], strict=False):
             pair = divmod(key, self._experts)
             if rate - victim > self._least_gain and self._cache.place(*pair) == "ram":
                 self._next.append(pair)
+                gains.append(rate - victim)
+        self._link_price = max(0.0, self._worth_s(max(gains)) - self._beside_s) / self._copy_s
 
     def _arrive(
         self, layer: int, queue: Sequence[tuple[Key, float]], done_s: Sequence[float], pinned: Sequence[int]
@@ -506,8 +536,8 @@ class Setup:
         cache.warm(worth)
         return cache
 
-    def _plain(self, rule: Rule, policy: str, *, keeping: bool) -> Host:
-        cache = self._tiers(self.vram_bytes, policy)
+    def _plain(self, rule: Rule, policy: str, *, keeping: bool, divides: bool = False) -> Host:
+        cache = self._tiers(self._room(divides=divides), policy)
         return _GlobalHost(
             self.machine,
             self.sizes,
@@ -515,7 +545,12 @@ class Setup:
             cache,
             all_in_ram=self.all_in_ram,
             keeping=keeping,
+            divides=divides,
         )
+
+    def _room(self, *, divides: bool) -> int:
+        """Return what is left for residents beside the slot where a share of an expert arrives."""
+        return self.vram_bytes - int(self.sizes.max()) * divides
 
     def _by_layer(self, rule: Rule, policy: str) -> Host:
         """Share whole slots out over the layers, one more to the first where they do not come out even."""
@@ -540,10 +575,11 @@ class Setup:
             del curves, decoding
             return scheduler.schedule(active)
 
+        divides = self.machine.part_s < inf and self.vram_bytes > 2 * int(self.sizes.max())
         if strategy.static:
-            return self._plain(rule, "static", keeping=True)
+            return self._plain(rule, "static", keeping=True, divides=divides)
         policy = ReusePolicy(*self.sizes.shape, top_k=self.top_k, horizon=max(1.0, strategy.horizon))
-        cache = self._tiers(self.vram_bytes, policy)
+        cache = self._tiers(self._room(divides=divides), policy)
         return _OurHost(
             self.machine,
             self.sizes,
@@ -553,4 +589,5 @@ class Setup:
             strategy.horizon,
             all_in_ram=self.all_in_ram,
             exclusive=self.exclusive,
+            divides=divides,
         )

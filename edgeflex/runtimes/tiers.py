@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.runtimes.expert_cache import ExpertCache
+    from edgeflex.runtimes.reuse import ReusePolicy
     from edgeflex.runtimes.timeline import Place
     from edgeflex.runtimes.trace import Trace, TraceEvent
     from edgeflex.schema_moe import DecoderCacheStats
@@ -352,6 +353,33 @@ class TieredCache:
         tally = self._tally[decoding]
         for place, amount in enumerate(amounts, first):
             tally[place] += amount
+
+
+class AheadCache(TieredCache):
+    """Tiers into whose VRAM experts also come between events, copied ahead."""
+
+    def bring(self, layer: int, key: Pair, policy: ReusePolicy, pinned: Sequence[int] = ()) -> tuple[Pair, ...]:
+        """Let an expert that lies in RAM into VRAM, and return what left VRAM for it.
+
+        Args:
+            layer: Where the decoder is.
+            key: The expert, whose copy begins.
+            policy: VRAM's.
+            pinned: Keys (``layer * experts + expert``) that must stay.
+        """
+        experts = len(self._sizes[0])
+        excess = self._vram.resident_bytes + self._sizes[key[0]][key[1]] - self._vram.capacity_bytes
+        evicted = []
+        while excess > 0:
+            victim, _ = policy.next_victims(layer, 1, pinned)[0]
+            evicted.append(divmod(victim, experts))
+            self._vram.release(evicted[-1][0], (evicted[-1][1],))
+            excess -= self._sizes[evicted[-1][0]][evicted[-1][1]]
+        self._vram.load(*key)
+        if self._ram is not None and self._exclusive:
+            self._ram.release(key[0], (key[1],))
+            self._ram.take(evicted)
+        return tuple(evicted)
 
 
 def _check_budgets(vram_bytes: int, ram_bytes: int, sizes: Int64, *, exclusive: bool) -> None:

@@ -242,6 +242,9 @@ class _Clock:
         size_of = {one.key: one.size_bytes for one in served.active}
         self._bytes["ahead"] += served.ahead_bytes
         self._bytes["upload"] += sum([size_of[key] for key in served.plan.uploaded])
+        if served.division is not None:
+            key, share = served.division.key, served.division.share
+            self._bytes["upload"] -= round((1.0 - share) * size_of[key])
         self._bytes["flash"] += sum([size_of[key] for key in served.plan.read])
         self._lookups += len(served.active)
         self._gpu_hits += sum([one.place == "gpu" for one in served.active])
