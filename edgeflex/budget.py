@@ -131,6 +131,7 @@ def _decoder_objective(text: str) -> str:
 def parse_decoder_budget(
     *,
     memory: str | None = None,
+    vram: str | None = None,
     latency: Sequence[str] = (),
     first_token: str | None = None,
     max_kl: str | None = None,
@@ -145,6 +146,7 @@ def parse_decoder_budget(
 
     Args:
         memory: Most bytes in host memory, for instance ``2GiB``.
+        vram: Most bytes of a GPU's memory; plans for one.
         latency: At most one time per decoded token, ``60ms/token`` or ``60ms``.
         first_token: Most time to the first token of a prompt of ``prompt_tokens``.
         max_kl: Most divergence from fp32, nats per token.
@@ -165,6 +167,7 @@ def parse_decoder_budget(
         faults.append(f"--latency: {len(latency)} limits were given; a decoder has one, per token")
     limits: dict[str, Any] = {
         "memory_bytes": read("--memory", memory, parse_size_bytes),
+        "vram_bytes": read("--vram", vram, parse_size_bytes),
         "token_s": read("--latency", latency[0] if latency else None, _token_time_s),
         "first_token_s": read("--first-token", first_token, parse_time_s),
         "disk_bytes": read("--disk", disk, parse_size_bytes),

@@ -64,6 +64,11 @@ Weights = Annotated[
 ModelName = Annotated[str, typer.Option("--model", "-m", help="zoo:NAME or package.module:factory.")]
 InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a side, for models not from the zoo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+OnDevice = Annotated[
+    str | None, typer.Option("--device", "-d", help="Decoder: cuda computes on a GPU, through PyTorch.")
+]
+OnVram = Annotated[str | None, typer.Option("--vram", help="Decoder: most bytes of the GPU's memory.")]
+OnCache = Annotated[str | None, typer.Option("--cache", help="Decoder: bytes of experts, if not the plan's.")]
 Runtime = Annotated[
     str | None, typer.Option("--runtime", help="What runs it, if not its target's own, e.g. onnxruntime.")
 ]
@@ -336,6 +341,15 @@ def plan(
     latency: Annotated[
         list[str] | None, typer.Option("--latency", help="For instance 8ms:p95 (mean, p50, p95, p99, worst).")
     ] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="Decoder: most bytes of a GPU's memory, e.g. 6GiB; plans for --device.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option("--link", help="With --vram: bytes per second to the GPU, if not the profile's.")
+    ] = None,
+    ram_rate: Annotated[
+        str | None, typer.Option("--ram-rate", help="With --vram: bytes of RAM per second, if not the profile's.")
+    ] = None,
     max_drop: Annotated[str | None, typer.Option("--max-drop", help="Most accuracy to lose, e.g. 1%.")] = None,
     confidence: Annotated[str, typer.Option("--confidence", help="Of the accuracy promise.")] = "95%",
     disk: Annotated[str | None, typer.Option("--disk", help="Most bytes of the program file.")] = None,
@@ -375,20 +389,23 @@ def plan(
     from edgeflex.files import write_atomic
 
     if dry_run is not None or (calibration is not None and flow.is_decoder_calibration(calibration)):
-        idle = {"--max-drop": max_drop, "--table": table, "--device": device, "--plot": plot, "--sweep": sweep or None}
+        idle = {"--max-drop": max_drop, "--table": table, "--plot": plot, "--sweep": sweep or None}
         _plan_decoder(
             calibration,
             {
-                "memory": memory, "latency": latency or (), "first_token": first_token, "max_kl": max_kl,
+                "memory": memory, "vram": vram, "latency": latency or (), "first_token": first_token, "max_kl": max_kl,
                 "max_perplexity": max_perplexity, "disk": disk, "minimize": minimize,
                 "prompt_tokens": prompt_tokens, "context_tokens": context,
             },
-            dry_run, [name for name, value in idle.items() if value is not None], output, as_json=as_json,
+            dry_run, [name for name, value in idle.items() if value is not None], output,
+            gpu={"--device": device, "--link": link, "--ram-rate": ram_rate}, as_json=as_json,
         )  # fmt: skip
         return
-    if first_token is not None or max_kl is not None or max_perplexity is not None:
+    alien = (first_token, max_kl, max_perplexity, vram, link, ram_rate)
+    if any(one is not None for one in alien):
         raise InputError(
-            "--first-token, --max-kl and --max-perplexity are for decoders; give the calibration of one, or leave out."
+            "--first-token, --max-kl, --max-perplexity, --vram, --link and --ram-rate are for decoders; give the "
+            "calibration of one, or leave out."
         )
     budget = parse_budget(
         memory=memory, latency=latency or (), max_drop=max_drop, confidence=confidence, minimize=minimize, disk=disk
@@ -420,12 +437,19 @@ def _plan_decoder(
     idle: list[str],
     output: Path,
     *,
+    gpu: dict[str, str | None],
     as_json: bool,
 ) -> None:
     from edgeflex import flow
     from edgeflex.budget import parse_decoder_budget
     from edgeflex.files import write_atomic
 
+    named = [name for name, value in gpu.items() if value is not None]
+    if dry_run is not None and limits["vram"] is not None:
+        named.insert(0, "--vram")
+    if named and (dry_run is not None or limits["vram"] is None):
+        why = "a dry run looks at headers alone" if dry_run is not None else "they need --vram, the GPU's memory"
+        raise InputError(f"{', '.join(named)}: for plans on a GPU, and {why}. Leave out, or give what is missing.")
     if idle:
         raise InputError(f"{', '.join(idle)}: not for decoders. Leave out, and see --max-kl and --first-token.")
     if dry_run is not None:
@@ -439,11 +463,27 @@ def _plan_decoder(
     if calibration is None:
         raise InputError("plan needs the folder that edgeflex calibrate wrote, or --dry-run MODEL. Name one.")
     budget = parse_decoder_budget(**limits, most_tokens=flow.context_of(calibration))
-    made = flow.plan_decoder(calibration, budget)
+    made = flow.plan_decoder(calibration, budget) if budget.vram_bytes is None else _on_gpu(calibration, budget, gpu)
     write_atomic(output, made.canonical_json())
     _result(made, _decoder_text("decoder_plan_text"), as_json=as_json)
     if not as_json:
         _say(f"\nWrote {output}. Next: edgeflex export {output} --model MODEL --calibration {calibration}")
+
+
+def _on_gpu(calibration: Path, budget: Any, gpu: dict[str, str | None]) -> Any:
+    """Plan for the named machine with a GPU, or for this one's GPU, which is then measured."""
+    from edgeflex import flow
+    from edgeflex.profiles import load
+    from edgeflex.units import parse_size_bytes
+
+    device, link, ram_rate = gpu["--device"], gpu["--link"], gpu["--ram-rate"]
+    return flow.plan_decoder_on_gpu(
+        calibration,
+        budget,
+        None if device is None else load(device),
+        link_bytes_per_s=None if link is None else parse_size_bytes(link),
+        ram_bytes_per_s=None if ram_rate is None else parse_size_bytes(ram_rate),
+    )
 
 
 def _refuse_idle(*, table: Path | None, sweep: bool, device: str | None, calibration: Path | None) -> None:
@@ -509,7 +549,8 @@ def export(
         )  # fmt: skip
         _result(manifest, _decoder_text("decoder_bundle_text"), as_json=as_json)
         if not as_json:
-            _say(f'\nWrote {output}. Next: edgeflex run {output} --prompt "Once upon a time"')
+            following = f"on the device: edgeflex build {output}" if manifest.backend == "tensorrt" else ""
+            _say(f"\nWrote {output}. Next: {following or _first_prompt(output)}")
         return
 
     made = Plan.parse(read_bytes(plan_file, "plan"), str(plan_file))
@@ -529,8 +570,14 @@ def export(
     rows = [(one.path, one.role, format_bytes(one.size_bytes), one.sha256[:16]) for one in bundle.manifest.files]
     title = f"{len(bundle.manifest.layer_precisions)} layers held as planned"
     _say(terminal.table_text(title, ("file", "role", "size", "sha256"), rows))
+    if bundle.manifest.settings:
+        _say(f"\n{terminal.settings_text(bundle.manifest)}")
     following = f"on the device: edgeflex build {output}" if bundle.manifest.backend == "tensorrt" else ""
     _say(f"\nWrote {output}. Next: {following or f'edgeflex bench {output} --data IMAGES'}")
+
+
+def _first_prompt(bundle: Path) -> str:
+    return f'edgeflex run {bundle} --prompt "Once upon a time"'
 
 
 @app.command()
@@ -559,7 +606,8 @@ def build(
         return
     rows = [(one.file, format_bytes(one.size_bytes), f"{one.build_s:.1f} s") for one in index.engines]
     _say(terminal.table_text(f"TensorRT {index.key.tensorrt}, {index.key.gpu}", ("engine", "size", "built in"), rows))
-    _say(f"\nNext: edgeflex bench {bundle} --data IMAGES")
+    following = _first_prompt(bundle) if flow.is_decoder_bundle(bundle) else f"edgeflex bench {bundle} --data IMAGES"
+    _say(f"\nNext: {following}")
 
 
 @app.command()
@@ -586,13 +634,11 @@ def run(
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Decoder: draw among so many.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Decoder: draw among this share.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Decoder: end before this text.")] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Decoder: bytes of experts, if not the plan's.")] = None,
+    cache: OnCache = None,
     policy: Annotated[str | None, typer.Option("--policy", help="Decoder: of the cache, if not the plan's.")] = None,
     prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", "-d", help="Decoder: cuda computes on a GPU, through PyTorch.")
-    ] = None,
-    vram: Annotated[str | None, typer.Option("--vram", help="Decoder: most bytes of the GPU's memory.")] = None,
+    device: OnDevice = None,
+    vram: OnVram = None,
     seed: Seed = 0,
     runtime: Runtime = None,
     threads: PlanThreads = None,
@@ -606,8 +652,11 @@ def run(
     from edgeflex.files import write_atomic
 
     if flow.is_decoder_bundle(bundle):
-        if data is not None or limit is not None:
-            raise InputError("--data and --limit are for bundles of exits; a decoder takes --prompt.")
+        if data is not None or limit is not None or runtime is not None:
+            raise InputError(
+                "--data, --limit and --runtime are for bundles of exits; a decoder takes --prompt, and runs where it "
+                "was exported for, or with --device."
+            )
         from edgeflex.flow import conversation
 
         asked = conversation.Asked(
@@ -619,8 +668,14 @@ def run(
             conversation.Talk(bundle, asked, progress=_progress(quiet=quiet)), output, quiet=quiet, as_json=as_json
         )
         return
-    if data is None or prompt is not None or prompt_file is not None or interactive or device is not None:
-        raise _for_exits(bundle, "give --data IMAGES, and neither a prompt nor --device")
+    spoken = {
+        "--prompt": prompt, "--prompt-file": prompt_file, "--interactive": interactive or None,
+        "--temperature": temperature or None, "--top-k": top_k, "--top-p": top_p, "--stop": stop or None,
+        "--cache": cache, "--policy": policy, "--prefetch": prefetch, "--device": device, "--vram": vram,
+    }  # fmt: skip
+    unfit = [name for name, value in spoken.items() if value is not None]
+    if data is None or unfit:
+        raise _for_exits(bundle, "give --data IMAGES" + (f", and leave out {', '.join(unfit)}" if unfit else ""))
     stats = flow.run(bundle, data, runtime=runtime, threads=threads, limit=limit, progress=_progress(quiet=quiet))
     write_atomic(output, stats.canonical_json())
     if as_json:
@@ -663,6 +718,15 @@ def _converse(talk: Any, output: Path, *, quiet: bool, as_json: bool) -> None:
         raise typer.Exit(_INTERRUPTED)
 
 
+def _refuse_place(bundle: Path, *given: str | None) -> None:
+    """Refuse a place to run for a bundle that knows its own."""
+    if any(one is not None for one in given):
+        raise InputError(
+            f"--device, --vram and --cache are for decoders; {str(bundle)!r} is a bundle of exits, whose target says "
+            "where it runs. Leave them out."
+        )
+
+
 def _end_with(*, kept: bool) -> None:
     if not kept:
         raise typer.Exit(3)
@@ -679,6 +743,9 @@ def bench(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Decoder: tokens of an answer.")] = 64,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
+    device: OnDevice = None,
+    vram: OnVram = None,
+    cache: OnCache = None,
     threads: PlanThreads = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("bench.json"),
     as_json: Json = False,
@@ -693,11 +760,13 @@ def bench(
         if text is None or data is not None:
             raise InputError(f"{str(bundle)!r} is a decoder's bundle: give --text FILE, and no --data.")
         result = flow.bench_decoder(
-            bundle, text, max_tokens=max_tokens, repeats=repeats, threads=threads, progress=_progress(quiet=quiet)
-        )
+            bundle, text, max_tokens=max_tokens, repeats=repeats, threads=threads,
+            on=flow.Place(device, vram, cache), progress=_progress(quiet=quiet),
+        )  # fmt: skip
     elif data is None or text is not None:
         raise _for_exits(bundle, "give --data IMAGES, and no --text")
     else:
+        _refuse_place(bundle, device, vram, cache)
         result = flow.bench(
             bundle, data, images=images, repeats=repeats, threads=threads, progress=_progress(quiet=quiet)
         )
@@ -706,6 +775,8 @@ def bench(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
+        if flow.is_decoder_bundle(bundle) and result.device is not None:
+            _say(f"\n{_decoder_text('device_record_text')(result.device)}")
         _say(f"\nWrote {output}")
     budgets = [check for check in result.checks if check.limit is not None and check.was_measured]
     _end_with(kept=all(check.ok for check in budgets))
@@ -719,6 +790,9 @@ def verify(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
     runtime: Runtime = None,
+    device: OnDevice = None,
+    vram: OnVram = None,
+    cache: OnCache = None,
     threads: PlanThreads = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("verify.json"),
     as_json: Json = False,
@@ -733,7 +807,9 @@ def verify(
             raise InputError(
                 "--data, --model, --limit and --runtime are for bundles of exits; a decoder's carries its own answers."
             )
-        checks = flow.verify_decoder(bundle, threads=threads, progress=_progress(quiet=quiet))
+        checks = flow.verify_decoder(
+            bundle, threads=threads, on=flow.Place(device, vram, cache), progress=_progress(quiet=quiet)
+        )
         document = {"kind": "decoder", "checks": [one.model_dump(mode="json") for one in checks]}
         write_atomic(output, json.dumps(document, sort_keys=True))
         if as_json:
@@ -745,6 +821,7 @@ def verify(
         return
     if data is None:
         raise _for_exits(bundle, "give --data IMAGES")
+    _refuse_place(bundle, device, vram, cache)
     result = flow.verify(
         bundle, data, model_folder=model, limit=limit, runtime=runtime, threads=threads,
         progress=_progress(quiet=quiet),

@@ -11,9 +11,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from typing_extensions import Self
 
 from edgeflex.errors import InputError
@@ -33,6 +40,11 @@ class Noun(BaseModel):
     def digest(self) -> str:
         """Return the SHA-256 of the canonical JSON, 64 hex digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def without_absent(written: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return what a noun writes, less fields that later versions added and that are None here."""
+    return {key: value for key, value in written.items() if value is not None or key not in names}
 
 
 class Document(Noun):
@@ -209,6 +221,18 @@ class ComputeRate(Noun):
     sparse: bool = False
 
 
+class Overlap(Noun):
+    """How many times longer work takes beside other work, at least 1; None where it was not measured.
+
+    Work is a copy from host memory to the GPU's (``link``), products of the GPU, and the processor reading memory.
+    """
+
+    link_beside_gpu: Figure | None = None
+    gpu_beside_link: Figure | None = None
+    link_beside_cpu: Figure | None = None
+    cpu_beside_link: Figure | None = None
+
+
 class DeviceProfile(Document):
     """A device: what it holds, how fast it reads, and what kernels cost on it."""
 
@@ -229,6 +253,12 @@ class DeviceProfile(Document):
     delegate_s: Figure | None = None
     conditions: Mapping[str, str | float] = {}
     notes: tuple[str, ...] = ()
+    overlap: Overlap | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not measured, so that the digests of profiles without it stay what they were."""
+        return without_absent(write(self), "overlap")
 
 
 class Capabilities(Noun):
@@ -525,7 +555,11 @@ class MemoryBreakdown(Noun):
 
 
 class Plan(Document):
-    """The decision: thresholds, a precision per layer, what it will cost, and the proof."""
+    """The decision: thresholds, a precision per layer, what it will cost, and the proof.
+
+    ``memory_of`` says what a GPU's plan means by memory, whatever the tier's name: ``gpu``, a memory of its own, or
+    ``shared`` with the processor. None is the memory of the process, or a device that says neither.
+    """
 
     name: str
     backend: str
@@ -548,6 +582,17 @@ class Plan(Document):
     calibration_digest: str = ""
     threads: int = 1
     notes: tuple[str, ...] = ()
+    memory_of: Literal["gpu", "shared"] | None = None
+
+    @property
+    def memory_name(self) -> str:
+        """What the memory of the plan is called: the processor's has no name of its own."""
+        return {"gpu": "GPU memory", "shared": "memory shared by CPU and GPU"}.get(self.memory_of or "", "memory")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a plan for a processor has not, so that its digest stays what it was."""
+        return without_absent(write(self), "memory_of")
 
 
 class CurvePoint(Noun):
@@ -597,7 +642,7 @@ class BundleManifest(Document):
 
     ``layer_losses`` is the accuracy that each layer's precision costs by the table's additive estimate.
     ``settings`` names how the runtime executes the program where it has a choice, and ``settings_difference`` is
-    how far that moved any probability of the samples from the plain execution.
+    how far that moved any probability of ``settings_images`` images from the plain execution.
     """
 
     backend: str
@@ -612,6 +657,12 @@ class BundleManifest(Document):
     curve: Curve | None = None
     settings: str = ""
     settings_difference: float | None = None
+    settings_images: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a bundle of one setting has not, so that its digest stays what it was."""
+        return without_absent(write(self), "settings_images")
 
 
 # --- run ---------------------------------------------------------------------------------------------
@@ -683,7 +734,11 @@ class Check(Noun):
 
 
 class BenchResult(Document):
-    """Promise against measurement, repeated."""
+    """Promise against measurement, repeated.
+
+    ``peak_memory_bytes`` is the process's; ``device_memory_bytes`` is what the bundle took of a GPU's memory, None
+    where none is used or nobody says. With ``unified_memory`` both lie in one memory.
+    """
 
     manifest_digest: str
     device: str
@@ -699,6 +754,8 @@ class BenchResult(Document):
     runtime_memory_bytes: int
     before: Conditions
     after: Conditions
+    device_memory_bytes: int | None = None
+    unified_memory: bool | None = None
 
 
 class ExitQuality(Noun):

@@ -18,11 +18,22 @@ Small tensors stay in fp32 and are named like matrices: ``layers.I.input_norm``,
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from edgeflex.schema import Check, Choice, Conditions, Document, FileEntry, Interval, Noun, Precision, Proof
+from edgeflex.schema import (
+    Check,
+    Choice,
+    Conditions,
+    Document,
+    FileEntry,
+    Interval,
+    Noun,
+    Precision,
+    Proof,
+)
+from edgeflex.schema_gpu import DeviceRecord, GpuPlacement
 
 # What decoder kernels run here: fp32, int8 per output channel and int4 per group of 32, activations in 8 bits
 # quantised per row while running.
@@ -275,6 +286,12 @@ class DecoderBudget(Noun):
     minimize: Literal["latency", "kl", "memory"] = "latency"
     prompt_tokens: int = 256
     context_tokens: int = 1024
+    vram_bytes: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
+        return _left_out(write(self), "vram_bytes")
 
     @property
     def kl_limit(self) -> float | None:
@@ -283,6 +300,12 @@ class DecoderBudget(Noun):
         if self.max_perplexity_rise is not None:
             given.append(math.log1p(self.max_perplexity_rise))
         return min(given, default=None)
+
+
+def _left_out(written: dict[str, Any], name: str) -> dict[str, Any]:
+    if written.get(name) is None:
+        written.pop(name, None)
+    return written
 
 
 class DecoderMemory(Noun):
@@ -338,7 +361,10 @@ class DecoderSizes(Document):
 
 
 class DecoderPlan(Document):
-    """Precisions, cache and promise. ``cycle_bytes`` is T: the bytes of the experts that one token uses."""
+    """Precisions, cache and promise. ``cycle_bytes`` is T: the bytes of the experts that one token uses.
+
+    With ``gpu`` the decoder runs there: ``cache_bytes``, ``policy`` and ``predicted.memory`` are the processor's part.
+    """
 
     kind: Literal["decoder"] = "decoder"
     graph_digest: str
@@ -355,6 +381,17 @@ class DecoderPlan(Document):
     prefill_chunk_tokens: int
     predicted: DecoderPrediction
     proof: Proof | None = None
+    gpu: GpuPlacement | None = None
+
+    @property
+    def alone_cache_bytes(self) -> int:
+        """Bytes of experts for a run on the processor alone, of which a plan for a GPU promises nothing."""
+        return self.cache_bytes if self.gpu is None else max(self.cache_bytes, self.gpu.vram_cache_bytes)
+
+    @model_serializer(mode="wrap")
+    def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
+        return _left_out(write(self), "gpu")
 
 
 # --- bundle ------------------------------------------------------------------------------------------
@@ -389,9 +426,12 @@ class MatrixRecord(Noun):
 
 
 class StockProgram(Noun):
-    """One program, with the data files that it needs: for a stock ExecuTorch, or a stage for ONNX Runtime."""
+    """One program, with the data files that it needs: for a stock ExecuTorch, or a stage for ONNX Runtime or TensorRT.
 
-    role: Literal["embedding", "attention", "expert", "dense", "head"]
+    ``gather`` and ``sum`` are of TensorRT alone: rows put together for experts, and what these gave added up.
+    """
+
+    role: Literal["embedding", "attention", "expert", "dense", "head", "gather", "sum"]
     layer: int | None
     precision: Precision | None
     path: str
@@ -482,12 +522,16 @@ class DecoderRunStats(Document):
 
 
 class DecoderBench(Document):
-    """Repeated generations against the promise. Raw samples: seconds per decoded token of each repeat."""
+    """Repeated generations against the promise. Raw samples: seconds per decoded token of each repeat.
+
+    ``device`` is of runs on a device with a memory of its own.
+    """
 
     kind: Literal["decoder"] = "decoder"
     manifest_digest: str
     runs: tuple[DecoderRunStats, ...]
     checks: tuple[Check, ...]
+    device: DeviceRecord | None = None
 
 
 class DeviceSimulation(Document):

@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from edgeflex.profiles.doctor import Doctor
     from edgeflex.progress import Advance
-    from edgeflex.schema import Candidates, Check, Choice, Curve, DeviceProfile, ModelGraph, Plan, Proof, Solution
+    from edgeflex.schema import (
+        BundleManifest,
+        Candidates,
+        Check,
+        Choice,
+        Curve,
+        DeviceProfile,
+        ModelGraph,
+        Plan,
+        Proof,
+        Solution,
+    )
 
 # The terminal's standard error while native libraries write to a log instead.
 _people: ContextVar[TextIO | None] = ContextVar("_people", default=None)
@@ -123,6 +134,9 @@ def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
     for rate in device.compute:
         sparse = ", sparse" if rate.sparse else ""
         add(f"{rate.engine} {rate.precision}{sparse}", rate.ops_per_s, f"{rate.ops_per_s.value / 1e12:.1f} Tops/s")
+    for name, found in device.overlap or ():
+        if found:
+            add(name.replace("_", " ").replace("cpu", "CPU").replace("gpu", "GPU"), found, f"{found.value:.2f} times")
     for read in device.storage:
         name = f"storage {read.pattern} {format_bytes(read.block_bytes)}, depth {read.queue_depth}"
         add(name, read.bytes_per_s, f"{read.bytes_per_s.value / 1e6:.0f} MB/s")
@@ -250,7 +264,7 @@ def _promise_rows(made: Plan) -> list[tuple[str, str, str]]:
             (f"latency {name}", format_time(span.value), f"{format_time(span.low)} to {format_time(span.high)}")
             for name, span in made.latency_interval_s.items()
         ),
-        ("memory", format_bytes(memory.model_bytes), parts),
+        (made.memory_name, format_bytes(memory.model_bytes), parts),
         ("file", f"{made.predicted.disk_bytes} B", "exact"),
         ("drop", format_share(made.predicted.loss), "on the images it was chosen on"),
     ]
@@ -262,6 +276,18 @@ def _exit_rows(made: Plan) -> list[tuple[str, str, str]]:
         (str(index), "end" if threshold is None and index == last else _threshold(threshold), format_share(share, 1))
         for index, (threshold, share) in enumerate(zip(made.thresholds, made.exit_shares, strict=True))
     ]
+
+
+def settings_text(manifest: BundleManifest) -> str:
+    """Return in what settings the runtime executes a program, and what they change in its answers."""
+    moved, images = manifest.settings_difference, manifest.settings_images
+    if moved is None:
+        return f"Settings of the runtime: {manifest.settings}."
+    count = "" if images is None else f" of {images} images"
+    return (
+        f"Settings of the runtime: {manifest.settings}, chosen by measurement; no probability{count} differs from "
+        f"plain execution by more than {moved:.2g}."
+    )
 
 
 def _threshold(threshold: float | None) -> str:

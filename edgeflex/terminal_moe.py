@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from edgeflex.reports.decoder import DecoderReportDocument
     from edgeflex.schema import Proof
+    from edgeflex.schema_gpu import DeviceRecord, GpuPlacement
     from edgeflex.schema_moe import (
         DecoderCacheStats,
         DecoderCalibration,
@@ -40,6 +41,8 @@ _FINDINGS = {
     "fits": "FITS: every expert stays in memory",
     "offload": "OFFLOAD: experts are read from storage when they are needed",
     "decline": "DECLINE",
+    "gpu fits": "FITS: every expert stays in the GPU's memory",
+    "gpu": "OFFLOAD: the GPU's memory holds a part of the experts",
 }
 _T = "T: bytes of the experts that one token uses. A cache smaller than T reads every expert anew."
 _MOST_LOSSES = 8
@@ -224,6 +227,8 @@ def _least_seen(losses: Iterable[UnitLoss]) -> str:
 
 def decoder_plan_text(plan: DecoderPlan) -> str:
     """Return a plan: verdict and reasons, budgets, memory, experts, time, precisions and proof."""
+    if plan.gpu is not None:
+        return _gpu_plan_text(plan, plan.gpu)
     return _blocks(
         _prose(_FINDINGS[plan.verdict], *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
@@ -237,8 +242,14 @@ def decoder_plan_text(plan: DecoderPlan) -> str:
 def _budget_rows(plan: DecoderPlan) -> Iterator[tuple[str, str, str, str]]:
     budget, said = plan.budget, plan.predicted
     kl = "KL, nats per token"
+    gpu = plan.gpu
+    held = said.memory.total_bytes + (gpu.memory.total_bytes if gpu is not None and gpu.one_memory else 0)
+    if gpu is not None and budget.vram_bytes:
+        left = (budget.vram_bytes - gpu.memory.total_bytes) / budget.vram_bytes
+        promised = format_bytes(gpu.memory.total_bytes)
+        yield "GPU memory", format_bytes(budget.vram_bytes), promised, f"{format_share(left, 1)} left"
     for name, limit, value, show in (
-        ("memory", budget.memory_bytes, said.memory.total_bytes, format_bytes),
+        ("memory", budget.memory_bytes, held, format_bytes),
         ("time per token", budget.token_s, said.token_s.value, format_time),
         ("time to first token", budget.first_token_s, said.first_token_s.value, format_time),
         ("disk", budget.disk_bytes, said.disk_bytes, format_bytes),
@@ -281,6 +292,67 @@ def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
     if said.bound_token_s > 0:
         reached = f" ({format_share(said.bound_token_s / said.token_s.value, 0)} reached)" if said.token_s.value else ""
         yield "bound without prefetch", f"{format_time(said.bound_token_s)}{reached}"
+    yield "threads", str(plan.threads)
+    yield "context", _count(plan.context_tokens, "token")
+    yield "prompt read in chunks of", _count(plan.prefill_chunk_tokens, "token")
+
+
+def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
+    """Return a plan for a GPU: as any, with both memories, the placement with what else was tried, and assumptions."""
+    finding = {"fits": _FINDINGS["gpu fits"], "offload": _FINDINGS["gpu"]}.get(plan.verdict, _FINDINGS["decline"])
+    where = "in virtual time" if gpu.origin == "measured" else "in virtual time, from data sheets at least in part"
+    parts = gpu.memory
+    sizes = (
+        ("dense weights", parts.dense_bytes),
+        ("experts", parts.arena_bytes),
+        ("keys and values", parts.kv_bytes),
+        ("activations", parts.activations_bytes),
+        ("driver and libraries", parts.context_bytes),
+        ("together", parts.total_bytes),
+    )
+    rows = [(name, format_bytes(size), format_share(size / parts.total_bytes, 1)) for name, size in sizes]
+    first, *others = _memory_rows(plan)
+    process = [("embedding", *first[1:]), *others]
+    host = "The process, in the same memory" if gpu.one_memory else "Memory of the process"
+    tried = [(f"{one.placement} ({one.policy})", format_time(one.token_s), _rate(one.token_s)) for one in gpu.trials]
+    return _blocks(
+        _prose(finding, *(f"- {reason}" for reason in plan.reasons)),
+        table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
+        table_text(f"Memory of the GPU ({gpu.device})", ("part", "bytes", "share"), rows),
+        table_text(host, ("part", "bytes", "share"), process),
+        table_text(f"Experts and time, {where}", ("figure", "value"), list(_placement_rows(plan, gpu))),
+        table_text("Placements tried with these memories", ("placement", "time per token", "decoding"), tried),
+        _precision_table(plan),
+        _prose(_proof_text(plan.proof), *(f"assumed: {one}" for one in gpu.assumptions)),
+    )
+
+
+def _placement_rows(plan: DecoderPlan, gpu: GpuPlacement) -> Iterator[tuple[str, str]]:
+    said = plan.predicted
+    yield "placement", gpu.placement
+    yield "policy on the GPU", gpu.policy
+    yield (
+        "misses",
+        {"auto": "copied or computed by the processor", "upload": "copied", "static": "to the processor"}[gpu.rule],
+    )
+    yield "experts on the GPU", format_bytes(gpu.vram_cache_bytes)
+    below = "no tier" if not gpu.ram_cache_bytes else f"{format_bytes(gpu.ram_cache_bytes)}, "
+    kept = "" if not gpu.ram_cache_bytes else "not those on the GPU" if gpu.exclusive else "copies of the GPU's too"
+    yield "experts in RAM", below + kept
+    yield "T, the experts of one token", format_bytes(plan.cycle_bytes)
+    yield "found on the GPU", format_share(said.hit_rate, 1)
+    yield "best possible (Belady)", ABSENT if said.belady_hit_rate is None else format_share(said.belady_hit_rate, 1)
+    yield "copied per token", f"{format_bytes(gpu.upload_bytes)}, and {format_bytes(gpu.ahead_bytes)} ahead"
+    yield "read from flash per token", format_bytes(gpu.flash_bytes)
+    for name, span in (("time per token", said.token_s), ("time to first token", said.first_token_s)):
+        yield name, f"{format_time(span.value)} ({format_time(span.low)} to {format_time(span.high)})"
+    yield "decoding", _rate(said.token_s.value)
+    reached = f" ({format_share(said.bound_token_s / said.token_s.value, 0)} reached)" if said.token_s.value else ""
+    yield "no cache or scheduler can beat", f"{format_time(said.bound_token_s)}{reached}"
+    for name, share in gpu.waited.items():
+        yield f"{name} had nothing to do", format_share(share, 1)
+    if gpu.crossing is not None:
+        yield "a fixed list is as quick from", f"{format_share(gpu.crossing, 0)} of the experts on the GPU"
     yield "threads", str(plan.threads)
     yield "context", _count(plan.context_tokens, "token")
     yield "prompt read in chunks of", _count(plan.prefill_chunk_tokens, "token")
@@ -330,6 +402,12 @@ def _fine(proof: Proof, value: float) -> str:
 # --- bundle ------------------------------------------------------------------------------------------
 
 
+_ELSEWHERE = (
+    "The plan's times and memory are those of edgeflex's own engine on the machine that calibrated; measure with "
+    "`edgeflex bench` where this bundle runs."
+)
+
+
 def decoder_bundle_text(manifest: DecoderManifest) -> str:
     """Return what an exported bundle holds and how far it is from the fp32 decoder."""
     size = sum(file.size_bytes for file in manifest.files)
@@ -348,7 +426,10 @@ def decoder_bundle_text(manifest: DecoderManifest) -> str:
     same = manifest.router_agreement
     rows.append(("same choices of experts", ABSENT if same is None else format_share(same, 1)))
     rows.append(("reference answers", f"{len(manifest.expected):,}"))
-    return table_text(manifest.graph.name, ("figure", "value"), rows)
+    table = table_text(manifest.graph.name, ("figure", "value"), rows)
+    if manifest.backend == "executorch":
+        return table
+    return f"{table}\n{_prose(_ELSEWHERE)}"
 
 
 # --- run and simulation ------------------------------------------------------------------------------
@@ -436,6 +517,32 @@ def decoder_report_text(report: DecoderReportDocument) -> str:
     rows += [row(check, budget=False) for check in report.checks]
     return _blocks(
         _prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
+    )
+
+
+def device_record_text(record: DeviceRecord) -> str:
+    """Return what a device did in a benchmark, how far predictions were off, and who waited."""
+    from edgeflex.reports.decoder_device import RESOURCES, facts, waits
+
+    errors = [
+        (
+            {"event": "events", "prompt": "events of prompts"}.get(name, RESOURCES.get(name, name)),
+            f"{one.samples:,}",
+            f"{one.bias * 100:+,.1f} %",
+            f"{one.mean_error * 100:,.1f} %",
+            f"{one.p90_error * 100:,.1f} %",
+        )
+        for name, one in record.errors.items()
+    ]
+    shares = [(RESOURCES[name], *(format_share(share, 1) for share in parts)) for name, *parts in waits(record)]
+    return _blocks(
+        table_text(record.name, ("figure", "value"), list(facts(record)), words=("value",)),
+        table_text("Predicted against measured", ("seconds of", "samples", "error", "its size", "90 % within"), errors)
+        if errors
+        else "",
+        table_text("Share of the watched time", ("resource", "at work", "waiting in events", "between"), shares)
+        if shares
+        else "",
     )
 
 

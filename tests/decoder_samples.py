@@ -6,7 +6,9 @@ import math
 import random
 from typing import Any
 
-from edgeflex.schema import Check, Choice, Conditions, FileEntry, Interval, Precision, Proof
+from edgeflex.runtimes.device_record import errors_of
+from edgeflex.schema import Check, Choice, Conditions, DeviceProfile, FileEntry, Interval, Precision, Proof
+from edgeflex.schema_gpu import DeviceRecord, EventTime, GpuMemory, GpuPlacement, PlacementTrial
 from edgeflex.schema_moe import (
     Attention,
     DecoderBench,
@@ -321,4 +323,107 @@ def sample_sizes(graph: DecoderGraph | None = None) -> DecoderSizes:
                 verdict="offload",
             ),
         ),
+    )
+
+
+def sample_gpu_plan(**changes: Any) -> DecoderPlan:
+    """Return a plan for a card alone, with a changing cache for half of the experts."""
+    memory = GpuMemory(
+        dense_bytes=718 * MIB,
+        arena_bytes=1700 * MIB,
+        kv_bytes=128 * MIB,
+        activations_bytes=406 * MIB,
+        context_bytes=576 * MIB,
+    )
+    values: dict[str, Any] = {
+        "device": "rtx-4090",
+        "origin": "datasheet",
+        "profile": DeviceProfile(name="rtx-4090", title="NVIDIA GeForce RTX 4090", origin="datasheet"),
+        "placement": "cache",
+        "policy": "reuse",
+        "rule": "auto",
+        "vram_cache_bytes": memory.arena_bytes,
+        "ram_cache_bytes": 3460 * MIB,
+        "exclusive": False,
+        "one_memory": False,
+        "memory": memory,
+        "upload_bytes": 31.0 * MIB,
+        "ahead_bytes": 4.0 * MIB,
+        "flash_bytes": 0.0,
+        "waited": {"gpu": 0.85, "cpu": 0.12, "link": 0.29, "disk": 1.0},
+        "trials": (
+            PlacementTrial(placement="cache", policy="reuse", exclusive=False, token_s=0.0042),
+            PlacementTrial(placement="static", policy="static", exclusive=False, token_s=0.0046),
+            PlacementTrial(placement="cpu", policy="static", exclusive=False, token_s=0.0051),
+            PlacementTrial(placement="cache", policy="lru", exclusive=False, token_s=0.0069),
+        ),
+        "tried": 13,
+        "crossing": 0.65,
+        "assumptions": ("copies to the GPU: 29.34 GiB per second, datasheet, PCI Express 4.0 x16",),
+    }
+    plain = sample_plan()
+    predicted = plain.predicted.model_copy(
+        update={
+            "token_s": Interval(value=0.0042, low=0.0031, high=0.0068),
+            "first_token_s": Interval(value=0.7, low=0.6, high=0.9),
+            "bound_token_s": 0.0031,
+            "bytes_per_token": 0.0,
+        }
+    )
+    budget = plain.budget.model_copy(update={"vram_bytes": 4096 * MIB, "memory_bytes": 16384 * MIB, "token_s": None})
+    kept = {"budget": budget, "predicted": predicted, "cache_bytes": 3460 * MIB, "reasons": ("a sample",)}
+    return plain.model_copy(update={**kept, "gpu": GpuPlacement(**{**values, **changes})})
+
+
+def sample_record(*, events: int = 300, seed: int = 0, **changes: Any) -> DeviceRecord:
+    """Return what a GPU did in a benchmark: a few experts uploaded, some computed by the processor."""
+    draw = random.Random(seed)
+    sample = tuple(_event(draw, index) for index in range(events))
+    values: dict[str, Any] = {
+        "name": "NVIDIA GeForce RTX 4090",
+        "rule": "auto",
+        "policy": "reuse",
+        "exclusive": False,
+        "pinned": True,
+        "requested_bytes": 4096 * MIB,
+        "planned_bytes": 4060 * MIB,
+        "peak_bytes": 3981 * MIB,
+        "vram_bytes": 1800 * MIB,
+        "ram_bytes": 3700 * MIB,
+        "tokens": 576,
+        "token_s": 0.0121,
+        "lookups": 576 * 128,
+        "gpu_hits": 60211,
+        "host_experts": 6004,
+        "upload_bytes": 576 * 21 * MIB,
+        "ahead_bytes": 576 * 9 * MIB,
+        "flash_bytes": 576 * 130_000,
+        "passes": 144,
+        "pass_s": 1.71,
+        "events": 1804,
+        "event_s": 1.02,
+        "busy_s": {"gpu": 0.31, "cpu": 0.55, "link": 0.42, "disk": 0.01},
+        "waited_s": {"gpu": 0.71, "cpu": 0.47, "link": 0.70, "disk": 1.01},
+        "exposed_s": 0.07,
+        "bound_token_s": 0.0079,
+        "sample": sample,
+        "sampled": 2104,
+        "errors": errors_of(sample),
+    }
+    return DeviceRecord(**{**values, **changes})
+
+
+def _event(draw: random.Random, index: int) -> EventTime:
+    decoding = index % 12 != 0
+    predicted_s = (3e-4 if decoding else 4e-3) * math.exp(draw.gauss(0, 0.5))
+    actual_s = predicted_s * math.exp(draw.gauss(0.05, 0.18))
+    gpu_s, cpu_s, link_s = (predicted_s * draw.uniform(0.1, 0.9) for _ in range(3))
+    drift = [math.exp(draw.gauss(0, 0.1)) for _ in range(3)]
+    return EventTime(
+        layer=index % 16,
+        decoding=decoding,
+        predicted_s=predicted_s,
+        actual_s=actual_s,
+        predicted_busy_s=(gpu_s, cpu_s, link_s, 0.0),
+        actual_busy_s=(gpu_s * drift[0], cpu_s * drift[1], link_s * drift[2], 0.0),
     )

@@ -42,6 +42,7 @@ _FILES = (
     "seen.txt",
     "table.json",
 )
+TRIAL = "trial.npy"
 SHARES = {"choose": 0.4, "certify": 0.4, "test": 0.2}
 CANDIDATE_ROLE = "candidate"
 
@@ -199,6 +200,13 @@ class Calibration:
     def samples(self) -> NDArray[np.float32]:
         """Return the inputs whose outputs a bundle carries, [samples, C, H, W]."""
         return _load_array(self.folder / "samples.npy")
+
+    def trial_images(self) -> NDArray[np.float32]:
+        """Return the inputs that a choice of the runtime's settings is tried on, [images, C, H, W].
+
+        A calibration that kept none has its samples.
+        """
+        return _load_array(self.folder / TRIAL) if self.has(TRIAL) else self.samples()
 
     def clear(self) -> None:
         """Delete what calibrating wrote, and nothing else that stands in the folder."""

@@ -1,11 +1,18 @@
 """The corridor: every stage in order, each a function from files to a file. No arithmetic lives here.
 
-``measure`` is what touches hardware, ``decide`` what does not, ``ship`` what a bundle goes through; ``decoders``
-and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``conversation`` their answers.
+``measure`` is what touches hardware, ``decide`` what does not, ``ship`` what a bundle goes through; ``decoders``,
+``device_plans`` and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``conversation`` their answers.
 """
 
 from edgeflex.flow.decide import open_calibration, plan, solve_table, sweep
-from edgeflex.flow.decoder_bundles import bench_decoder, export_decoder, record_trace, report_decoder, verify_decoder
+from edgeflex.flow.decoder_bundles import (
+    Place,
+    bench_decoder,
+    export_decoder,
+    record_trace,
+    report_decoder,
+    verify_decoder,
+)
 from edgeflex.flow.decoders import (
     calibrate_decoder,
     context_of,
@@ -19,11 +26,13 @@ from edgeflex.flow.decoders import (
     simulate_device,
     simulate_trace,
 )
+from edgeflex.flow.device_plans import plan_decoder_on_gpu
 from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
 from edgeflex.flow.ship import bench, build, export, report, run, verify
 
 __all__ = [
     "BACKEND",
+    "Place",
     "bench",
     "bench_decoder",
     "build",
@@ -44,6 +53,7 @@ __all__ = [
     "open_calibration",
     "plan",
     "plan_decoder",
+    "plan_decoder_on_gpu",
     "profile",
     "record_trace",
     "report",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InfeasibleError, InputError
 from edgeflex.files import read_bytes
@@ -101,9 +101,30 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
     chosen = _with_safety(chosen, folder, budget, candidates)
     scenario, certificate = choose.certified(chosen, budget, _paired_losses(folder, chosen.candidate.mix))
     made = _plan_document(chosen, scenario, budget, graph, solution, candidates, folder)
-    made = made.model_copy(update={"certificate": certificate, "notes": (*made.notes, *notes), "threads": threads})
+    made = made.model_copy(
+        update={
+            "certificate": certificate,
+            "notes": (*made.notes, *notes),
+            "threads": threads,
+            "memory_of": memory_of(device or own, folder.meta.backend),
+        }
+    )
     check_plan(chosen.table, made)
     return made
+
+
+def memory_of(device: DeviceProfile, backend: str) -> Literal["gpu", "shared"] | None:
+    """Return which memory a plan's bytes are of; see ``Plan.memory_of``.
+
+    Args:
+        device: What is planned for.
+        backend: What runs the plan.
+    """
+    from edgeflex.registry import GPU_BACKENDS
+
+    if backend not in GPU_BACKENDS or device.unified_memory is None:
+        return None
+    return "shared" if device.unified_memory else "gpu"
 
 
 def require_own(planned: Plan, calibration_folder: Path, *, device: DeviceProfile | None = None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
 from edgeflex.files import read_bytes
-from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, plan_decoder, read_array, utf8
+from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, read_array, utf8
+from edgeflex.flow.device_plans import plan_again
 from edgeflex.schema import Check, Precision
 from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, Expected
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from edgeflex.models.decoders import DecoderSource
     from edgeflex.progress import Progress
     from edgeflex.reports.decoder import DecoderReportDocument
+    from edgeflex.runtimes.decoder import Settings
     from edgeflex.schema_moe import DecoderGraph, DecoderManifest, MissPoint
 
     Ints = NDArray[np.int64]
@@ -47,7 +50,8 @@ def export_decoder(
 ) -> DecoderManifest:
     """Write a decoder's bundle, read it back, and measure the exported numbers against fp32 on text kept for that.
 
-    For ``onnx`` it holds the same numbers as stages for ONNX Runtime; the plan's times are those of the native engine.
+    For ``onnx`` and ``tensorrt`` it holds the same numbers, with stages for ONNX Runtime or for engines; the plan's
+    times are those of the native engine.
 
     Raises:
         InputError: The plan is another model's or calibration's, or was changed by hand.
@@ -63,7 +67,7 @@ def export_decoder(
             f"the plan is for decoder {planned.graph_digest[:12]}, {place!r} is {source.graph.digest()[:12]}. "
             "Give the decoder that was calibrated."
         )
-    again = plan_decoder(folder, planned.budget)
+    again = plan_again(folder, planned)
     # the proof says how long the search took, which differs
     kept = [name for name in DecoderPlan.model_fields if name != "proof"]
     changed = [name for name in kept if getattr(again, name) != getattr(planned, name)]
@@ -88,8 +92,12 @@ def _writer(target: str, *, stock: bool) -> Callable[..., DecoderManifest]:
         from edgeflex.exporters.onnx_decoder import export_onnx_decoder
 
         return export_onnx_decoder
+    if target == "tensorrt":
+        from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
+
+        return export_tensorrt_decoder
     raise UnsupportedError(
-        f"decoders are not exported for {target!r}. Choose --target executorch (the native engine) or onnx."
+        f"decoders are not exported for {target!r}. Choose --target executorch (the native engine), onnx or tensorrt."
     )
 
 
@@ -166,7 +174,7 @@ def _miss_curve(planned: DecoderPlan, graph: DecoderGraph, folder: Path) -> tupl
     from edgeflex.costs.decoder_calibration import read_routing
     from edgeflex.runtimes.replay import miss_point
 
-    if planned.verdict != "offload":
+    if planned.verdict != "offload" or planned.gpu is not None:  # a GPU's tiers are not the processor's cache
         return ()
     replays = Replays(graph, read_routing(folder), planned.budget.prompt_tokens)
     sizes = _planned_sizes(planned, graph)
@@ -219,19 +227,22 @@ def bench_decoder(
     max_tokens: int = 64,
     repeats: int = 3,
     threads: int | None = None,
+    on: Place | None = None,
     progress: Progress | None = None,
 ) -> DecoderBench:
     """Answer prompts from a text, each repeat in a fresh process, and hold the plan's promises against it.
 
     Raises:
-        InputError: The text is too short for the planned prompt.
+        InputError: The text is too short for the planned prompt, or the place is impossible.
         BundleError: The bundle is damaged.
+        DeviceError: There is no such device, or it failed.
     """
     from edgeflex.profiles import conditions, machine
-    from edgeflex.runtimes.decoder import DecoderSession, Settings
+    from edgeflex.runtimes.decoder import DecoderSession
     from edgeflex.runtimes.decoder_bench import bench_decoder as measure
 
-    session = DecoderSession.from_bundle(bundle)
+    settings = _settings(threads, on)
+    session = DecoderSession.from_bundle(bundle, settings)
     plan = session.manifest.plan
     most = plan.context_tokens - max_tokens
     length = min(plan.budget.prompt_tokens, most)
@@ -249,25 +260,63 @@ def bench_decoder(
         [ids[start : start + length] for start in starts],
         max_tokens=max_tokens,
         repeats=repeats,
-        settings=None if threads is None else Settings(threads=threads),
+        settings=settings,
         device=machine().cpu_model or "this machine",
         conditions=conditions,
         progress=progress,
     )
 
 
-def verify_decoder(bundle: Path, *, threads: int | None = None, progress: Progress | None = None) -> tuple[Check, ...]:
+def verify_decoder(
+    bundle: Path, *, threads: int | None = None, on: Place | None = None, progress: Progress | None = None
+) -> tuple[Check, ...]:
     """Check a bundle's files, packed weights, answers and limits.
 
     Raises:
+        InputError: The place is impossible.
         BundleError: The manifest is damaged.
+        DeviceError: There is no such device, or it failed.
     """
     from edgeflex.profiles import machine
-    from edgeflex.runtimes.decoder import Settings
     from edgeflex.runtimes.decoder_bench import verify_decoder as check
 
-    settings = None if threads is None else Settings(threads=threads)
-    return check(bundle, settings=settings, device=machine().cpu_model or "this machine", progress=progress)
+    device = machine().cpu_model or "this machine"
+    return check(bundle, settings=_settings(threads, on), device=device, progress=progress)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a decoder is to run, and in how much memory, as users write it; None takes the plan's.
+
+    Args:
+        device: ``cuda`` for a GPU, None for the processor.
+        vram: Most bytes of the GPU's memory.
+        cache: Bytes of experts in the processor's memory.
+    """
+
+    device: str | None = None
+    vram: str | None = None
+    cache: str | None = None
+
+
+def _settings(threads: int | None, on: Place | None) -> Settings:
+    """Return a run's settings.
+
+    Raises:
+        InputError: Bytes of a GPU's memory without a GPU.
+    """
+    from edgeflex.runtimes.decoder import Settings
+    from edgeflex.units import parse_size_bytes
+
+    place = on or Place()
+    if place.vram is not None and place.device is None:
+        raise InputError(f"--vram {place.vram} is of a GPU's memory. Name it with --device cuda, or leave it out.")
+    return Settings(
+        threads=threads,
+        device=place.device,
+        vram_bytes=None if place.vram is None else parse_size_bytes(place.vram),
+        cache_bytes=None if place.cache is None else parse_size_bytes(place.cache),
+    )
 
 
 def report_decoder(

@@ -44,7 +44,7 @@ _CALIBRATION = "decoder-calibration.json"
 _RATES = "rates.json"
 CHECK_TEXT = "check.npy"
 _TRACE = "trace.csv"
-_PLANNED = (Precision.INT8_DYNAMIC, Precision.INT4_GROUP32)
+PLANNED = (Precision.INT8_DYNAMIC, Precision.INT4_GROUP32)
 _POLICIES = ("enu", "lru")
 _REPLAYED_USES = 60_000  # of experts, prompts included
 
@@ -200,7 +200,7 @@ def calibrate_decoder(
         source,
         chosen,
         folder=out,
-        precisions=_PLANNED,
+        precisions=PLANNED,
         kl_tokens=kl_tokens,
         prompt_tokens=min(prompt_tokens, length // 2),
         progress=heard,
@@ -339,7 +339,7 @@ def _rates(source: DecoderSource, folder: Path, threads: Sequence[int], progress
         folder,
         tokenizer=source.tokenizer_file,
         device=machine().cpu_model or "this machine",
-        precisions=_PLANNED,
+        precisions=PLANNED,
         threads=threads,
         memory_bytes_per_s=memory_read(threads=max(threads)).value,
         progress=progress,
@@ -387,7 +387,7 @@ def plan_decoder(folder: Path, budget: DecoderBudget) -> DecoderPlan:
         "kv_bytes": lambda tokens: costs.kv_bytes(graph, tokens),
         "activations_bytes": lambda chunk: costs.activations_bytes(graph, chunk),
     }
-    asked: dict[str, Any] = {"policies": _POLICIES, "precisions": _PLANNED, **ground}
+    asked: dict[str, Any] = {"policies": _POLICIES, "precisions": PLANNED, **ground}
     made = decide(calibration, rates, budget, replays.misses, **asked)
     if made.verdict == "offload":
         # The best possible cache is only replayed where the plan stands; the search itself finds the same again.
@@ -419,6 +419,15 @@ class Replays:
             self._traces[chunk] = _trace_of(self._graph, self._routing, prompt=self._prompt, chunk=chunk)
         return self._traces[chunk]
 
+    @property
+    def scale(self) -> float:
+        """How many times longer the budget's prompt is than the trace's."""
+        return self._scale
+
+    def first_prompt(self, chunk: int) -> Trace:
+        """Return the first text's prompt alone."""
+        return _first_prompt(self.trace(chunk))
+
     def misses(self, sizes: Ints, cache_bytes: int, policy: str) -> MissPoint:
         """Return one replay with chunks of 64 tokens; a longer prompt than the trace's reads in proportion."""
         from edgeflex.runtimes.replay import miss_point
@@ -439,7 +448,7 @@ class Replays:
             return min(int(used * self._scale), int(sizes.sum()))
         key = (sizes.tobytes(), cache_bytes, policy, chunk)
         if key not in self._reads:
-            first = _first_prompt(self.trace(chunk))
+            first = self.first_prompt(chunk)
             read = replay(first, cache_bytes, policy, sizes=sizes).first_prefill_bytes
             self._reads[key] = int(read * self._scale)
         return self._reads[key]
@@ -449,7 +458,7 @@ class Replays:
         import numpy as np
 
         if self._used is None:
-            first = _first_prompt(self.trace(64))
+            first = self.first_prompt(64)
             self._used = np.zeros(shape, dtype=np.bool_)
             self._used[first.layer, first.expert] = True
         return self._used

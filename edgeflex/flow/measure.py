@@ -46,6 +46,7 @@ BACKEND = "executorch"
 _KERNEL_SAMPLES = 15
 _TIMING_IMAGES = 32
 _SAMPLES = 2
+_TRIAL_IMAGES = 64  # that settings of a runtime are tried on when exporting
 _FEWEST_IMAGES = 20
 # A drop that users would still call small: the fast mixes worth measuring are those within it.
 _FAST_DROP = 0.03
@@ -382,6 +383,7 @@ def calibrate(
         folder.write_split(parts, images.labels, seed)
     write_atomic(out / "graph.json", _pretty(model.graph))
     _keep_samples(folder, images, model)
+    _keep_trial(folder, images, model, target)
     options = layer_options(model.graph, capabilities)
     calibration.measure_ranges(folder, model, images)
     here = target != "tensorrt" and _same_machine(device)
@@ -461,6 +463,15 @@ def _keep_samples(folder: Calibration, images: ImageFolder, model: DynamicModel)
     save_array(folder.folder / "samples.npy", images.load(folder.part("choose")[:_SAMPLES], _preprocessing(model)))
     used = np.concatenate([folder.part("choose"), folder.part("certify")])
     write_atomic(folder.folder / "seen.txt", seen_text(images.items[int(index)].digest for index in used))
+
+
+def _keep_trial(folder: Calibration, images: ImageFolder, model: DynamicModel, target: str) -> None:
+    """Keep inputs that tell what settings of the runtime change, where it has a choice."""
+    from edgeflex.costs.store import TRIAL, save_array
+
+    if target == "onnx" and not folder.has(TRIAL):
+        chosen = folder.part("choose")[:_TRIAL_IMAGES]
+        save_array(folder.folder / TRIAL, images.load(chosen, _preprocessing(model)))
 
 
 def _frontier(table: CostTable, points: int) -> tuple[Solution, ...]:

@@ -21,7 +21,7 @@ from edgeflex.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgeflex.bundle import Bundle
     from edgeflex.costs.store import MixRecord
     from edgeflex.exporters import Exporter, Written
+    from edgeflex.schema import SegmentProgram
     from edgeflex.schema_trt import EngineIndex
     from edgeflex.transforms import PreparedModel
 
@@ -90,9 +91,11 @@ def export(
         advance(1)
         exporter.pad(written, staging, planned.predicted.disk_bytes)
         samples = folder.samples()
-        reference, tolerance, moved = _held_against_reference(
+        reference, tolerance = _held_against_reference(
             prepared, planned.backend, staging, written, samples, record.settings
         )
+        trial = folder.trial_images() if record.settings else samples
+        moved = moved_by_settings(planned.backend, staging, written.segments, trial, record.settings)
         advance(1)
         write_atomic(staging / "expected.safetensors", save({"inputs": samples, "probabilities": reference}))
         write_atomic(staging / "seen.txt", _seen(model_folder, calibration_folder))
@@ -110,6 +113,7 @@ def export(
                 layer_precisions=written.precisions,
                 settings=record.settings,
                 settings_difference=moved,
+                settings_images=None if moved is None else len(trial),
                 layer_losses=choose.layer_losses(table, planned.choices, planned.scenario.reach),
                 curve=sweep(calibration_folder, planned.budget, chosen=planned),
             ),
@@ -159,10 +163,10 @@ def _held_against_reference(
     written: Written,
     samples: NDArray[np.float32],
     settings: str,
-) -> tuple[NDArray[np.float32], float, float | None]:
+) -> tuple[NDArray[np.float32], float]:
     """Return the reference's outputs for the samples and the tolerance, once the program was seen to agree with them.
 
-    Last comes how far the chosen settings move any probability from plain execution; None where there are none.
+    It is run plainly and, where there is a choice, in the chosen settings.
     """
     import numpy as np
     import torch
@@ -188,7 +192,34 @@ def _held_against_reference(
                 f"the program's probabilities differ from the reference by {difference:.3g}, the limit is {tolerance}. "
                 "Plan again with other precisions and report the layer."
             )
-    return reference, tolerance, float(np.abs(chosen - plain).max()) if settings else None
+    return reference, tolerance
+
+
+def moved_by_settings(
+    target: str, folder: Path, segments: Sequence[SegmentProgram], images: NDArray[np.float32], settings: str
+) -> float | None:
+    """Return how far settings of a runtime move any probability of any image from plain execution; None without any.
+
+    Args:
+        target: What the program was written for.
+        folder: Where.
+        segments: Its segments.
+        images: ``[n, C, H, W]``, as the program takes them.
+        settings: Of the runtime; empty where it has no choice.
+    """
+    import numpy as np
+
+    from edgeflex.runtimes.segments import all_exits
+
+    if not settings:
+        return None
+    kind = host_runtime(target)
+
+    def found(name: str) -> NDArray[np.float32]:
+        with kind.from_folder(folder, segments, settings=name) as session:
+            return all_exits(session, [images])
+
+    return float(np.abs(found(settings) - found("")).max())
 
 
 def build(
@@ -198,7 +229,7 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> EngineIndex:
-    """Build a bundle's TensorRT engines on this device and return what was built.
+    """Build the TensorRT engines of a bundle, a network's or a decoder's, on this device; return what was built.
 
     Raises:
         UnsupportedError: The bundle is not for TensorRT, or this device or version cannot build it.
@@ -206,10 +237,12 @@ def build(
         DeviceError: There is no usable GPU, or the builder failed.
     """
     from edgeflex.bundle import open_bundle
+    from edgeflex.bundle_moe import bundle_kind, open_decoder_bundle
     from edgeflex.runtimes.tensorrt_build import build as build_engines
 
+    opened = open_decoder_bundle if bundle_kind(bundle_folder) == "decoder" else open_bundle
     return build_engines(
-        open_bundle(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=progress or Silent()
+        opened(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=progress or Silent()
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -53,6 +53,22 @@ class Recount:
     sizes: NDArray[np.int64]
 
 
+class Uses(Protocol):
+    """What both kinds of plans are counted against."""
+
+    @property
+    def calibration(self) -> DecoderCalibration:
+        """Of the plan's decoder."""
+
+    @property
+    def rates(self) -> DecoderRates:
+        """Of the computer that calibrated."""
+
+    @property
+    def uses(self) -> NDArray[np.float64] | None:
+        """Share of decoded tokens that use each expert, [layers, experts], or None for even use."""
+
+
 @dataclass(frozen=True)
 class Ground:
     """What a plan is counted against; as given to the planner.
@@ -88,14 +104,16 @@ def check_decoder_plan(plan: DecoderPlan, ground: Ground) -> Recount:
             limit is broken, or verdict and proof contradict the figures; all of it is listed.
     """
     where = f"plan of decoder {ground.calibration.graph.name!r}"
-    _refuse(where, list(_misfits(plan, ground)))
+    strange = [] if plan.threads in {one.threads for one in ground.rates.matrices} else [plan.threads]
+    refuse_all(where, [*misfits(plan, ground), *(f"{threads} threads were never measured" for threads in strange)])
     counted = recount(plan, ground)
     faults = [*_differences(plan, ground, counted), *_broken(plan), *_contradictions(plan, counted)]
-    _refuse(where, faults)
+    refuse_all(where, faults)
     return counted
 
 
-def _refuse(where: str, faults: list[str]) -> None:
+def refuse_all(where: str, faults: list[str]) -> None:
+    """Raise ``CheckFailedError`` if there is a fault; all of them are listed."""
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults)
         raise CheckFailedError(f"{where} does not hold; plan again:{listed}")
@@ -117,7 +135,8 @@ def _attention_matrices(graph: DecoderGraph) -> list[tuple[int, int]]:
     return [(stacked, graph.hidden_dim), (graph.hidden_dim, a.heads * a.value_dim)]
 
 
-def _layer_matrices(graph: DecoderGraph, layer: DecoderLayer) -> list[tuple[int, int]]:
+def layer_matrices(graph: DecoderGraph, layer: DecoderLayer) -> list[tuple[int, int]]:
+    """Return (rows, columns) of every matrix of a layer's dense part."""
     found = _attention_matrices(graph)
     for inner in (0 if layer.routing else layer.dense_dim, layer.shared_dim):
         if inner:
@@ -125,7 +144,8 @@ def _layer_matrices(graph: DecoderGraph, layer: DecoderLayer) -> list[tuple[int,
     return found
 
 
-def _fp32_bytes(graph: DecoderGraph) -> int:
+def fp32_bytes(graph: DecoderGraph) -> int:
+    """Return the bytes of all that stays in fp32."""
     a, total = graph.attention, graph.hidden_dim
     for layer in graph.layers:
         total += 2 * graph.hidden_dim
@@ -152,7 +172,8 @@ def _units(graph: DecoderGraph) -> Iterator[str]:
             yield f"layers.{layer.index}.experts.{expert}"
 
 
-def _raw(precision: Precision, rows: int, columns: int) -> int:
+def raw_matrix_bytes(precision: Precision, rows: int, columns: int) -> int:
+    """Return the bytes of a matrix in the bundle."""
     if precision is Precision.INT4_GROUP32:
         return rows * columns // 2 + 2 * rows * columns // 32
     return rows * columns + 4 * rows if precision is Precision.INT8_DYNAMIC else 4 * rows * columns
@@ -165,21 +186,21 @@ def recount(plan: DecoderPlan, ground: Ground) -> Recount:
     """Return what the choices of ``plan`` cost in its cache, counted one matrix after another."""
     graph, rates = ground.calibration.graph, ground.rates
     chosen = {choice.subject: Precision(choice.option) for choice in plan.choices}
-    dense = disk = _fp32_bytes(graph)
+    dense = disk = fp32_bytes(graph)
     compute, table = rates.other_token_s, (graph.vocabulary, graph.hidden_dim)
     prompt = _Prompt(plan, ground)
     head = chosen["head"]
-    dense += _raw(chosen["embedding"], *table) + ground.packed_bytes(head, *table)
-    disk += _raw(chosen["embedding"], *table) + ground.packed_bytes(head, *table)
-    disk += 0 if graph.tied_embedding else _raw(head, *table)
+    dense += raw_matrix_bytes(chosen["embedding"], *table) + ground.packed_bytes(head, *table)
+    disk += raw_matrix_bytes(chosen["embedding"], *table) + ground.packed_bytes(head, *table)
+    disk += 0 if graph.tied_embedding else raw_matrix_bytes(head, *table)
     compute += _seconds(rates, table, head, plan.threads, 1.0)
     first = prompt.last_rows(table, head)
     for layer in graph.layers:
         precision = chosen[f"layers.{layer.index}"]
-        for shape in _layer_matrices(graph, layer):
+        for shape in layer_matrices(graph, layer):
             packed = ground.packed_bytes(precision, *shape)
             dense += packed
-            disk += packed + _raw(precision, *shape)
+            disk += packed + raw_matrix_bytes(precision, *shape)
             compute += _seconds(rates, shape, precision, plan.threads, 1.0)
             first += prompt.all_rows(shape, precision)
     most = max((layer.routing.experts for layer in graph.layers if layer.routing), default=0)
@@ -187,13 +208,13 @@ def recount(plan: DecoderPlan, ground: Ground) -> Recount:
     expert_s = 0.0
     for place, layer in enumerate(graph.layers):
         shapes = [(2 * layer.expert_dim, graph.hidden_dim), (graph.hidden_dim, layer.expert_dim)]
-        for expert, use in enumerate(_uses(ground, place, layer)):
+        for expert, use in enumerate(uses_of(ground, place, layer)):
             precision = chosen[f"layers.{layer.index}.experts.{expert}"]
             gate_up, down = (ground.packed_bytes(precision, *shape) for shape in shapes)
             slot = math.ceil((math.ceil(gate_up / 64) * 64 + down) / 4096) * 4096
             sizes[place, expert] = slot
             cycle += use * slot
-            disk += slot + sum(_raw(precision, *shape) for shape in shapes)
+            disk += slot + sum(raw_matrix_bytes(precision, *shape) for shape in shapes)
             expert_s += use * sum(_seconds(rates, shape, precision, plan.threads, 1.0) for shape in shapes)
             first += sum(prompt.routed_rows(shape, precision, use) for shape in shapes)
     compute += expert_s
@@ -246,7 +267,8 @@ def _with_traffic(
     )
 
 
-def _uses(ground: Ground, place: int, layer: DecoderLayer) -> list[float]:
+def uses_of(ground: Uses, place: int, layer: DecoderLayer) -> list[float]:
+    """Return the share of decoded tokens that use each expert of a layer."""
     if layer.routing is None:
         return []
     count = layer.routing.experts
@@ -302,7 +324,8 @@ class _Prompt:
 # --- what can be wrong ---------------------------------------------------------------------------------------
 
 
-def _misfits(plan: DecoderPlan, ground: Ground) -> Iterator[str]:
+def misfits(plan: DecoderPlan, ground: Uses) -> Iterator[str]:
+    """Yield every unit without one known precision, and other signs that the plan is of something else."""
     graph = ground.calibration.graph
     if plan.graph_digest != graph.digest():
         yield f"it is of another decoder ({plan.graph_digest[:12]}, not {graph.digest()[:12]})"
@@ -324,8 +347,6 @@ def _misfits(plan: DecoderPlan, ground: Ground) -> Iterator[str]:
             together = graph.tied_embedding and choice.subject in {"embedding", "head"}
             if not together:
                 yield f"unit {choice.subject!r} was never calibrated in {choice.option}"
-    if plan.threads not in {one.threads for one in ground.rates.matrices}:
-        yield f"{plan.threads} threads were never measured"
 
 
 def _differences(plan: DecoderPlan, ground: Ground, counted: Recount) -> Iterator[str]:

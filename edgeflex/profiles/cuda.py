@@ -7,12 +7,14 @@ import functools
 import importlib
 import importlib.util
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgeflex.profiles.overlap import overlap_of
 from edgeflex.profiles.samples import summarise
-from edgeflex.schema import ComputeRate, Figure, Link, Tier, TierSpec
+from edgeflex.schema import ComputeRate, Figure, Link, Overlap, Tier, TierSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +23,7 @@ _COPY_BYTES = 256 << 20
 _MATMUL_SIZE = 4096
 _REPEATS = 10
 _WARM_UP = 3
+_PRODUCTS = 8  # in a row, so that the GPU hardly waits for the next turn to be asked for
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 # CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, INTEGRATED.
 _ATTRIBUTES = (75, 76, 18)
@@ -38,7 +41,10 @@ _CUDA_ERRORS = {
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """A CUDA device as measured; ``isa`` is its compute capability as compilers write it, for instance ``sm_87``."""
+    """A CUDA device as measured; ``isa`` is its compute capability as compilers write it, for instance ``sm_87``.
+
+    ``overlap`` is None where CPU and GPU share one memory, so that nothing is copied beside computing.
+    """
 
     name: str
     isa: str
@@ -46,6 +52,7 @@ class CudaFacts:
     tier: TierSpec
     links: tuple[Link, ...]
     compute: tuple[ComputeRate, ...]
+    overlap: Overlap | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,28 @@ def _attribute(library: Any, attribute: int, handle: ctypes.c_int) -> int:
     return value.value
 
 
-def cuda(clock: Callable[[], float] = time.perf_counter) -> CudaFacts | None:
-    """Measure the first CUDA device, or return None where there is none or PyTorch is not installed."""
+def cuda_problem(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
+    """Return why no CUDA device can be measured here, or None where one can.
+
+    Args:
+        load: Opens a shared library by name; see ``driver``.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed"
+    problem = driver(load).problem
+    if problem is not None:
+        return problem
+    torch: Any = importlib.import_module("torch")
+    return None if torch.cuda.is_available() else "this PyTorch was built without CUDA, or reaches no device"
+
+
+def cuda(*, threads: int = 1, clock: Callable[[], float] = time.perf_counter) -> CudaFacts | None:
+    """Measure the first CUDA device, or return None where there is none or PyTorch is not installed.
+
+    Args:
+        threads: Of the processor that read memory beside copies.
+        clock: Seconds, rising.
+    """
     if importlib.util.find_spec("torch") is None:
         return None
     torch: Any = importlib.import_module("torch")
@@ -129,6 +156,7 @@ def cuda(clock: Callable[[], float] = time.perf_counter) -> CudaFacts | None:
         tier=TierSpec(tier=Tier.DEVICE, capacity_bytes=capacity, read_bytes_per_s=_device_read(torch, clock)),
         links=_links(torch, clock),
         compute=_rates(torch, clock),
+        overlap=None if properties.is_integrated else _overlap(torch, threads, clock),
     )
 
 
@@ -177,3 +205,30 @@ def _rates(torch: Any, clock: Callable[[], float]) -> tuple[ComputeRate, ...]:
         figure = summarise([2.0 * _MATMUL_SIZE**3 / each for each in seconds], source)
         rates.append(ComputeRate(engine="gpu", precision=precision, ops_per_s=figure))
     return tuple(rates)
+
+
+def _overlap(torch: Any, threads: int, clock: Callable[[], float]) -> Overlap:
+    """Measure what copies, products and the processor's reads take beside each other, each on a queue of its own."""
+    import numpy as np
+
+    host = torch.ones(_COPY_BYTES, dtype=torch.uint8).pin_memory()
+    device = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+    factor = torch.ones(_MATMUL_SIZE, _MATMUL_SIZE, device="cuda", dtype=torch.float16)
+    product = torch.empty_like(factor)
+    copying, computing = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    parts = np.array_split(np.arange(_COPY_BYTES // 4, dtype=np.int32), threads)
+
+    def copy() -> None:
+        with torch.cuda.stream(copying):
+            device.copy_(host, non_blocking=True)
+        copying.synchronize()
+
+    def multiply() -> None:
+        with torch.cuda.stream(computing):
+            for _ in range(_PRODUCTS):
+                torch.mm(factor, factor, out=product)
+        computing.synchronize()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return overlap_of(copy, multiply, lambda: list(pool.map(np.max, parts)), clock=clock)

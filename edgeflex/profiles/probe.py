@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeflex.profiles.cuda import cuda
+from edgeflex.profiles.cuda import cuda, cuda_problem
 from edgeflex.profiles.kernels import KernelJob, kernel_grid, measure_kernels
 from edgeflex.profiles.machine import MachineFacts, conditions, machine
 from edgeflex.profiles.samples import summarise
@@ -109,7 +109,7 @@ def measure(
     states["after_memory"] = conditions(root)
     reads = storage(storage_folder, quick=quick, progress=heard, clock=clock)
     states["after_storage"] = conditions(root)
-    gpu = cuda(clock)
+    gpu = cuda(threads=facts.logical_cores or 1, clock=clock)
     jobs = kernel_grid(precisions or {}, quick=quick, threads=threads) if run_kernel else ()
     kernels: tuple[Kernel, ...] = ()
     if run_kernel is not None:
@@ -133,8 +133,9 @@ def measure(
         kernels=kernels,
         call_s=call_s,
         delegate_s=delegate_s,
+        overlap=gpu.overlap if gpu is not None else None,
         conditions=_recorded(states, facts, gpu, versions or {}),
-        notes=_notes(states["before"], facts, reads_direct=all(read.direct for read in reads)),
+        notes=_notes(states["before"], facts, gpu, reads_direct=all(read.direct for read in reads)),
     )
 
 
@@ -207,7 +208,7 @@ def _recorded(
     return recorded
 
 
-def _notes(before: Conditions, facts: MachineFacts, *, reads_direct: bool) -> tuple[str, ...]:
+def _notes(before: Conditions, facts: MachineFacts, gpu: CudaFacts | None, *, reads_direct: bool) -> tuple[str, ...]:
     notes = []
     cores = facts.logical_cores or 1
     if before.load_average is not None and before.load_average > _CROWDED * cores:
@@ -216,4 +217,7 @@ def _notes(before: Conditions, facts: MachineFacts, *, reads_direct: bool) -> tu
         )
     if not reads_direct:
         notes.append("The file system refuses O_DIRECT: storage was read through the page cache, dropped before.")
+    if gpu is None or gpu.overlap is None:
+        why = cuda_problem() if gpu is None else "CPU and GPU share one memory"
+        notes.append(f"What copies to a GPU and computing lose beside each other was not measured: {why}.")
     return tuple(notes)

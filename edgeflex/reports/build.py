@@ -137,7 +137,9 @@ def _memory_checks(manifest: BundleManifest, result: BenchResult | RunStats | No
         if limit is None:
             continue
         measured, note = _measured_memory(manifest, tier, result)
-        yield _check(_MEMORY_NAMES[tier], "bytes", limit, predicted.get(tier, limit), measured, note=note)
+        named = manifest.plan.memory_of is not None and tier is not Tier.FLASH
+        name = manifest.plan.memory_name if named else _MEMORY_NAMES[tier]
+        yield _check(name, "bytes", limit, predicted.get(tier, limit), measured, note=note)
 
 
 def _measured_memory(
@@ -147,6 +149,11 @@ def _measured_memory(
         return sum(file.size_bytes for file in manifest.files), "sum of the bundle's files"
     if result is None:
         return None, "not measured: run edgeflex bench"
+    on_gpu = getattr(result, "device_memory_bytes", None)
+    if on_gpu is not None:
+        unified = getattr(result, "unified_memory", None)
+        held = result.peak_memory_bytes + on_gpu if unified else on_gpu
+        return held, "of process and GPU, one memory" if unified else "what the GPU had less free once it was loaded"
     # A processor has one memory, whatever the tier is called; what a GPU allocates is not the process's.
     if manifest.backend in GPU_BACKENDS or (tier is Tier.DEVICE and manifest.backend not in RUNTIME_OF):
         return None, "not measured: the run saw only the process's own memory"

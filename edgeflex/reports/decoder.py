@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeflex.errors import InputError
 from edgeflex.files import write_atomic
-from edgeflex.reports import decoder_sections, summary
+from edgeflex.reports import decoder_device, decoder_placement, decoder_sections, summary
 from edgeflex.reports.html import render
 from edgeflex.reports.sections import check_row
 from edgeflex.reports.summary import format_seconds, state_of
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from edgeflex.schema_gpu import DeviceRecord
+
 _BUDGET = " budget"
 _FINDINGS = {
     "fits": ("good", "fits", "Every expert stays in memory."),
     "offload": ("good", "offload", "Experts are read from storage when they are needed."),
     "decline": ("bad", "decline", "This decoder is not worth starting on this device within this budget."),
+}
+_ON_GPU = {
+    "fits": "Every expert stays in the GPU's memory.",
+    "offload": "The GPU's memory holds a part of the experts.",
+    "decline": _FINDINGS["decline"][2],
 }
 
 
@@ -44,6 +51,11 @@ class DecoderReportDocument(Document):
         if self.bench is not None and self.bench.runs:
             return self.bench.runs
         return () if self.stats is None else (self.stats,)
+
+    @property
+    def device(self) -> DeviceRecord | None:
+        """What the benchmark says of a device, where it ran on one."""
+        return None if self.bench is None else self.bench.device
 
 
 def build_decoder_report(
@@ -86,6 +98,8 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
     manifest, runs = report.manifest, report.runs
     plan = manifest.plan
     state, word, finding = _FINDINGS[plan.verdict]
+    if plan.gpu is not None:
+        finding = _ON_GPU[plan.verdict]
     return render(
         "decoder.html.j2",
         title=report.title,
@@ -99,7 +113,10 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
         others=[check_row(check, budget=False) for check in report.checks],
         memory=decoder_sections.memory_bars(plan, max(runs, key=held_bytes, default=None)),
         held=decoder_sections.memory_section(plan, runs),
-        hits=decoder_sections.hits_section(plan, report.points, _measured_hits(runs)),
+        placement=decoder_placement.placement_section(plan),
+        device=decoder_device.device_section(report.device),
+        gpu_memory=decoder_device.gpu_memory_bars(plan, report.device),
+        hits=decoder_sections.hits_section(plan, report.points, None if report.device else _measured_hits(runs)),
         time=decoder_sections.time_section(plan, runs),
         uses=decoder_sections.use_section(manifest, runs),
         precisions=decoder_sections.precision_section(manifest),
@@ -143,6 +160,9 @@ def _speed_sentence(report: DecoderReportDocument) -> str:
     mean_s = next(checked, None) or _mean_token_s(report.runs)  # the same figure as in the table below
     if mean_s is None:
         return f"{promised}, not measured."
+    if report.device is not None and report.manifest.plan.gpu is None:
+        rate = f"{1 / mean_s:.1f} tokens/s"
+        return f"{promised} on the processor; {format_seconds(mean_s)} measured on {report.device.name} ({rate})."
     return f"{promised}, {format_seconds(mean_s)} measured ({1 / mean_s:.1f} tokens/s)."
 
 
@@ -218,7 +238,7 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
     for name, unit, limit, promised, measured, note in rows:
         if limit is None:
             continue
-        found = benched.get(name)
+        found = benched.pop(name, None)
         if found is not None:
             yield found.model_copy(update={"name": name})
             continue
@@ -231,6 +251,20 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
             ok=measured is not None and measured <= limit,
             note=note if measured is not None else f"not measured: run edgeflex bench; {note}",
             was_measured=measured is not None,
+        )
+    if "device memory" in benched:
+        yield benched["device memory"].model_copy(update={"name": "device memory"})
+    elif budget.vram_bytes is not None:
+        told = "not measured: run edgeflex bench --device cuda"
+        yield Check(
+            name="device memory",
+            unit="bytes",
+            limit=budget.vram_bytes,
+            promised=budget.vram_bytes if manifest.plan.gpu is None else manifest.plan.gpu.memory.total_bytes,
+            measured=0.0,
+            ok=False,
+            note=told,
+            was_measured=False,
         )
 
 

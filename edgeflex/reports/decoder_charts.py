@@ -1,4 +1,4 @@
-"""Charts of decoders as inline SVG: time split over tokens, and maps of layers by experts.
+"""Charts of decoders as inline SVG: time split over tokens, maps of layers by experts, predictions as clouds.
 
 Cells of one colour are one path, so that a page with thousands of them stays small.
 """
@@ -14,7 +14,7 @@ from edgeflex.errors import InputError
 from edgeflex.files import write_atomic
 from edgeflex.reports.charts import Axis, display_unit
 from edgeflex.reports.summary import format_value
-from edgeflex.reports.svg import Markup, linear_scale, number, picture, tag, text_width
+from edgeflex.reports.svg import Box, Markup, fit_scale, linear_scale, number, picture, tag, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ _PLOT_PX = 220.0
 _TIME = Axis("time per token", "s")
 _MAP_TOP_PX, _SIDE_PX = 34.0, 96.0
 _ROWS_PX = (6.0, 16.0)
+_MOST_POINTS = 800  # of one cloud
 # A cell's colour tells its share of its layer's uses, in multiples of an even share.
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -259,6 +260,75 @@ def use_cell(times_even: float) -> tuple[str, float]:
     if times_even <= 0:
         return "use never", 0.25
     return f"use u{sum(1 for level in LEVELS if times_even >= level)}", 1.0
+
+
+# --- clouds ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """Many points of one kind: class in the style sheet, name, (predicted, measured) seconds, all above 0."""
+
+    css: str
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+def drawn_points(cloud: Cloud) -> tuple[tuple[float, float], ...]:
+    """Return the points that are drawn: all, or every so many of them."""
+    return cloud.points[:: math.ceil(len(cloud.points) / _MOST_POINTS)]
+
+
+def clouds(title: str, found: Sequence[Cloud], width: float) -> Markup:
+    """Return measured over predicted seconds, on one scale for both, with the line on which they are equal.
+
+    Points of one cloud are one path, so that thousands of them stay small.
+    """
+    values = [value for cloud in found for point in cloud.points for value in point]
+    factor, unit = display_unit("s", max(values))
+    height = 380.0 if width > 500 else 330.0
+    frame = Box(52, 30, width - 14, height - 46)
+    seconds = [value * factor for value in values]
+    x = fit_scale(seconds, frame.left, frame.right, ticks=6 if width > 500 else 3)
+    y = fit_scale(seconds, frame.bottom, frame.top)
+    words = f"{unit}, logarithmic" if x.logarithmic else unit
+    every = 1 if width > 500 or len(x.ticks) < 6 else 2
+    return picture(
+        title,
+        width,
+        height,
+        [
+            *_cloud_grid(x, y, frame, every),
+            *(_dots(cloud, factor, x, y) for cloud in found),
+            tag("line", x1=x(x.low), y1=y(x.low), x2=x(x.high), y2=y(x.high), class_="reference"),
+            tag("text", "as predicted", x=frame.right - 4, y=frame.top - 4, text_anchor="end", class_="tick"),
+            tag("text", f"measured ({words})", x=4, y=14, class_="axis-title"),
+            tag("text", f"predicted ({words})", x=frame.right, y=height - 8, text_anchor="end", class_="axis-title"),
+        ],
+    )
+
+
+def _cloud_grid(x: Scale, y: Scale, frame: Box, every: int) -> Iterator[Markup]:
+    for value in y.ticks:
+        yield tag("line", x1=frame.left, x2=frame.right, y1=y(value), y2=y(value), class_="grid")
+        yield tag("text", f"{value:g}", x=frame.left - 8, y=y(value) + 4, text_anchor="end", class_="tick")
+    yield tag("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis")
+    for place, value in enumerate(x.ticks):
+        yield tag("line", x1=x(value), x2=x(value), y1=frame.top, y2=frame.bottom, class_="grid")
+        if place % every == 0:
+            yield tag("text", f"{value:g}", x=x(value), y=frame.bottom + 18, text_anchor="middle", class_="tick")
+
+
+def _dots(cloud: Cloud, factor: float, x: Scale, y: Scale) -> Markup:
+    places = sorted((x(a * factor), y(b * factor)) for a, b in drawn_points(cloud))
+    path = "".join(f"M{across:.1f} {down:.1f}h0" for across, down in places)
+    return tag("path", tag("title", f"{len(cloud.points):,} events {cloud.name}"), d=path, class_=f"dots {cloud.css}")
+
+
+def cloud_sign(cloud: Cloud) -> Markup:
+    """Return the small sign of a cloud for a legend."""
+    dot = tag("path", d="M11 6h0", class_=f"dots {cloud.css}")
+    return tag("svg", dot, viewBox="0 0 22 12", width=22, height=12, aria_hidden="true", class_="sign")
 
 
 # --- a picture of its own ------------------------------------------------------------------------------------

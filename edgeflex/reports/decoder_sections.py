@@ -56,7 +56,7 @@ def memory_bars(plan: DecoderPlan, run: DecoderRunStats | None) -> tuple[MemoryB
         bars.append(("measured", held))
     limit = plan.budget.memory_bytes
     scale = max([sum(size for _, _, size in parts) for _, parts in bars] + [(limit or 0) * 1.02, 1.0])
-    return tuple(_memory_bar(name, parts, scale, limit) for name, parts in bars)
+    return tuple(memory_bar(name, parts, scale, limit) for name, parts in bars)
 
 
 def _promised_parts(memory: DecoderMemory) -> tuple[tuple[str, str, int], ...]:
@@ -69,7 +69,8 @@ def _promised_parts(memory: DecoderMemory) -> tuple[tuple[str, str, int], ...]:
     )
 
 
-def _memory_bar(name: str, parts: Sequence[tuple[str, str, int]], scale: float, limit: int | None) -> MemoryBar:
+def memory_bar(name: str, parts: Sequence[tuple[str, str, int]], scale: float, limit: int | None) -> MemoryBar:
+    """Return one bar of parts as (class, name, bytes), as wide as its share of ``scale``; ``limit`` is a tick on it."""
     words = f"Memory {name}: " + ", ".join(f"{part} {format_value(size, 'bytes')}" for _, part, size in parts)
     mark = limit / scale if limit is not None else None
     return MemoryBar(
@@ -426,6 +427,14 @@ def _budget_options(plan: DecoderPlan) -> Iterator[str]:
     budget = plan.budget
     if budget.memory_bytes is not None:
         yield f"--memory {budget.memory_bytes}"
+    if budget.vram_bytes is not None and plan.gpu is not None:
+        measured = "" if plan.gpu.device == "this-machine" else " --device device.json"
+        yield f"--vram {budget.vram_bytes}" + (
+            f" --device {plan.gpu.device}" if plan.gpu.profile.origin == "datasheet" else measured
+        )
+        for option, rate in (("link", plan.gpu.given_link_bytes_per_s), ("ram-rate", plan.gpu.given_ram_bytes_per_s)):
+            if rate is not None:
+                yield f"--{option} {rate:.0f}"
     if budget.token_s is not None:
         yield f"--latency {_exact_ms(budget.token_s)}/token"
     if budget.first_token_s is not None:

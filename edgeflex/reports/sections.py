@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from edgeflex.errors import InputError
+from edgeflex.registry import GPU_BACKENDS
 from edgeflex.reports import charts, summary
 from edgeflex.reports.build import DROP, latency_statistic, measured_latency_s
 from edgeflex.reports.charts import Axis, Mark, Rule
@@ -431,12 +432,16 @@ def memory_bars(report: Report) -> tuple[MemoryBar, ...]:
         ("overhead", "overhead", memory.overhead_bytes),
     )
     bars: list[tuple[str, tuple[tuple[str, str, int], ...]]] = [("promised", promised)]
-    if bench is not None:
+    if bench is not None and bench.device_memory_bytes is not None:
+        device = ("peak", "on the GPU", bench.device_memory_bytes)
+        process = ("overhead", "in the process", bench.peak_memory_bytes)
+        bars.append(("measured", (device, process) if bench.unified_memory else (device,)))
+    elif bench is not None and report.manifest.backend not in GPU_BACKENDS:
         bars.append(("measured", (("peak", "peak of the model", bench.peak_memory_bytes),)))
     budget = report.manifest.plan.budget.memory_bytes
     limit = budget.get(Tier.HOST, budget.get(Tier.DEVICE))
     scale = max([sum(size for _, _, size in parts) for _, parts in bars] + [(limit or 0) * 1.02, 1.0])
-    beside = [memory.runtime_bytes, *([bench.runtime_memory_bytes] if bench is not None else [])]
+    beside = [memory.runtime_bytes, *([bench.runtime_memory_bytes] if bench is not None and len(bars) > 1 else [])]
     return tuple(
         _memory_bar(name, parts, (scale, limit), format_value(runtime_bytes, "bytes"))
         for (name, parts), runtime_bytes in zip(bars, beside, strict=True)

@@ -113,6 +113,8 @@ def bench(
         runtime_memory_bytes=held.runtime_bytes,
         before=before,
         after=conditions(),
+        device_memory_bytes=held.device_bytes,
+        unified_memory=held.unified,
     )
 
 
@@ -229,24 +231,39 @@ def _latency_checks(plan: Plan, latency_s: Mapping[str, float]) -> list[Check]:
 
 
 def _memory_checks(plan: Plan, memory: ModelMemory) -> list[Check]:
-    """A processor's device and host tiers are one memory, so each limit is held against the same bytes."""
+    """A processor's device and host tiers are one memory, so each limit is held against the same bytes.
+
+    So are those of a plan for a GPU, whose memory it is about; see ``Plan.memory_of``.
+    """
     promised = plan.memory.model_bytes
     span = Interval(value=promised, low=(1 - MEMORY_TOLERANCE) * promised, high=(1 + MEMORY_TOLERANCE) * promised)
-    check = _promise("memory", "bytes", span, memory.model_bytes)
-    peak = memory.load_peak_bytes
-    if peak is not None:
-        told = f"highest rise while loading {format_bytes(peak)}, pages of the program file included"
-        check = check.model_copy(update={"note": f"{check.note}; {told}" if check.note else told})
+    held, told = counted_memory(plan, memory)
+    check = _promise(plan.memory_name, "bytes", span, held or 0)
+    check = check.model_copy(update={"note": "; ".join(part for part in (check.note, told) if part)})
     checks = [check]
     for tier, limit in sorted(plan.budget.memory_bytes.items()):
         if tier is not Tier.FLASH:
+            name = plan.memory_name if plan.memory_of else f"{tier.value} memory"
             expected = plan.predicted.memory_bytes.get(tier, promised)
-            checks.append(_budget(f"{tier.value} memory", "bytes", limit, expected, memory.model_bytes))
-    if plan.backend not in GPU_BACKENDS:
+            checks.append(_budget(name, "bytes", limit, expected, held or 0))
+    if held is not None:
         return checks
-    note = "the process does not see what the GPU holds"
-    unseen = {"measured": 0.0, "ok": False, "was_measured": False, "note": note}
+    unseen = {"measured": 0.0, "ok": False, "was_measured": False, "note": told}
     return [check.model_copy(update=unseen) for check in checks]
+
+
+def counted_memory(plan: Plan, memory: ModelMemory) -> tuple[int | None, str]:
+    """Return the bytes that a plan's memory is about, None where nobody saw them, and what is to be said of them."""
+    if plan.backend not in GPU_BACKENDS:
+        peak = memory.load_peak_bytes
+        rise = f"highest rise while loading {format_bytes(peak or 0)}, pages of the program file included"
+        return memory.model_bytes, "" if peak is None else rise
+    if memory.device_bytes is None:
+        return None, "the process does not see what the GPU holds"
+    process, device = format_bytes(memory.model_bytes), format_bytes(memory.device_bytes)
+    if memory.unified:
+        return memory.model_bytes + memory.device_bytes, f"{process} of the process and {device} of the GPU, one memory"
+    return memory.device_bytes, f"what the GPU had less free; the process took {process} beside"
 
 
 def _promise(name: str, unit: str, span: Interval, measured: float) -> Check:

@@ -90,16 +90,15 @@ def curves_of(
     """
     rates = _rates(device, end, ram_bytes_per_s, link_bytes_per_s, disk_bytes_per_s)
     launch = _LAUNCH[end]
-    # CPU and link draw on the same RAM: together they get what it gives
-    crowded = max(1.0, (rates.cpu + rates.link) / rates.ram)
+    cpu_factor, link_factor = _crowded(device, rates, end)
     curves = Curves(
         gpu=_roofline(_GPU_LAUNCH_S * launch, shape, rates.gpu, rates.gpu_ops),
         cpu=_roofline(_CPU_LAUNCH_S * launch, shape, rates.cpu, rates.cpu_ops),
         link_bytes_per_s=rates.link,
         link_latency_s=_COPY_LATENCY_S * launch,
         disk_bytes_per_s=rates.disk,
-        cpu_beside_link=crowded,
-        link_beside_cpu=crowded,
+        cpu_beside_link=cpu_factor,
+        link_beside_cpu=link_factor,
     )
     dense_s = _DENSE_LAUNCH_S * launch + shape.dense_bytes / rates.gpu
     # weights of a few bits, two operations a multiply-accumulate, 16 operations a byte at the least
@@ -217,6 +216,21 @@ def _reached(figure: Figure, end: End) -> float:
     return figure.value * {"slow": 1.0 / (1.0 + spread), "likely": 1.0, "fast": 1.0 + spread}[end]
 
 
+def _crowded(device: DeviceProfile, rates: _Rates, end: End) -> tuple[float, float]:
+    """Return how much longer CPU and link take beside each other: as measured, else by the rate of RAM they share."""
+    shared = max(1.0, (rates.cpu + rates.link) / rates.ram)
+    known = device.overlap
+    found = (None, None) if known is None else (known.cpu_beside_link, known.link_beside_cpu)
+    cpu, link = (shared if one is None else _factor(one, end) for one in found)
+    return cpu, link
+
+
+def _factor(figure: Figure, end: End) -> float:
+    """Return a measured factor, give or take its spread; more is slower."""
+    spread = max(_LEAST_SPREAD, figure.spread or 0.0)
+    return max(1.0, figure.value * {"slow": 1.0 + spread, "likely": 1.0, "fast": 1.0 / (1.0 + spread)}[end])
+
+
 def _rates(device: DeviceProfile, end: End, ram: float | None, link: float | None, disk: float | None) -> _Rates:
     if device.unified_memory:
         raise InputError(
@@ -249,7 +263,7 @@ def _assumptions() -> tuple[str, ...]:
     gpu, cpu, layer = (f"{1e6 * each:.0f} us" for each in (_GPU_LAUNCH_S, _CPU_LAUNCH_S, _DENSE_LAUNCH_S))
     return (
         f"Of a data sheet's rate {likely} is reached, {low} to {high}.",
-        "CPU and copies share the rate of RAM.",
+        "CPU and copies share the rate of RAM, where no profile says what they lose beside each other.",
         f"Beside its bytes an expert costs {gpu} on the GPU, {cpu} on the CPU, a layer {layer}; half to twice that.",
         f"Where no profile says it, the CPU computes {_CPU_OPS_PER_BYTE:.0f} operations per byte of RAM's rate.",
     )

@@ -1,7 +1,8 @@
-"""What experts cost here: on the device, with the processor, and to copy; measured before the first event."""
+"""What experts cost here: on the device, with the processor, to copy and to read; measured before the first event."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgeflex.profiles.overlap import slowdown
 from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_weights import run_expert
 from edgeflex.runtimes.curves import Curve, Curves
+from edgeflex.runtimes.movers import takes_direct
+from edgeflex.runtimes.pages import private_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,12 +26,15 @@ if TYPE_CHECKING:
     from edgeflex.runtimes.cuda_host import HostExperts
     from edgeflex.runtimes.cuda_streams import HostMemory, Streams
     from edgeflex.runtimes.cuda_weights import Kind
+    from edgeflex.runtimes.movers import Mover
+    from edgeflex.runtimes.packed import PackedStore
 
     Key = tuple[int, int]
 
 _ROWS = (1, 4, 16, 64)
 _REPEATS = 5
-_COPIES = 8  # in a row, so that the latency of the first hides
+_MOST_COPIES = 64  # in a row, beside one expert of the processor
+_READS = 5
 
 
 @explained("measuring what experts cost on the device failed")
@@ -70,21 +77,54 @@ def measure_curves(
             cpu = Curve.fitted(_host_samples(host, kind, memory, clock))
             advance(1)
             found[name] = (gpu, cpu)
-        alone_s, latency_s = _copy_seconds(streams, target, memory)
+        copies_s = _copied(streams, target, torch.from_numpy(memory.data))
+        latency_s = statistics.median(_copied(streams, target[:4096], torch.from_numpy(memory.data)[:4096]))
         advance(1)
-        beside = _beside(streams, host, largest, target, memory, clock)
+        alone_s = _computed(host, largest, memory, clock)
+        pace = statistics.median(alone_s) / statistics.median(copies_s)
+        computed_s, beside_s = _beside(streams, host, largest, target, memory, clock, pace)
         advance(1)
     gpu, cpu = found[largest.down.precision.value]
-    compute_s = cpu(1)
+    whole_s = statistics.median(copies_s)
     return Curves(
         gpu=gpu,
         cpu=cpu,
-        link_bytes_per_s=largest.size_bytes / max(alone_s - latency_s, 1e-9),
+        link_bytes_per_s=largest.size_bytes / max(whole_s - latency_s, 1e-9),
         link_latency_s=latency_s,
-        cpu_beside_link=max(1.0, beside[0] / compute_s),
-        link_beside_cpu=max(1.0, beside[1] / alone_s),
+        cpu_beside_link=slowdown(alone_s, computed_s, "an expert of the processor beside copies").value,
+        link_beside_cpu=slowdown(copies_s, beside_s, "a copy beside an expert of the processor").value,
         kinds=found,
     )
+
+
+def disk_rate(
+    store: PackedStore, mover: Callable[..., Mover], *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the bytes per second at which one expert after another comes from the disk; infinite without experts.
+
+    Each is read as a run reads it: past the page cache where the file system allows it, in parts by several threads.
+
+    Args:
+        store: Where experts lie.
+        mover: Makes the readers.
+        clock: Seconds, rising.
+
+    Raises:
+        DeviceError: The disk failed.
+        BundleError: A file is missing or too short.
+    """
+    known = [expert.record for expert in store.experts.values()]
+    if not known:
+        return math.inf
+    records = [known[place * (len(known) - 1) // (_READS - 1)] for place in range(_READS)]
+    direct = all(one.size_bytes % 4096 == 0 and takes_direct(one.file) for one in records)
+    rates, size = [], max(one.size_bytes for one in records)
+    with mover(private_pages(size)[:size], direct=direct) as reading:
+        for one in records:
+            start = clock()
+            reading.submit(one, 0, check=False).wait()
+            rates.append(one.size_bytes / max(clock() - start, 1e-9))
+    return statistics.median(rates)
 
 
 def _device_samples(streams: Streams, kind: Kind, data: Tensor, dtype: torch.dtype) -> list[tuple[float, float]]:
@@ -116,16 +156,23 @@ def _host_samples(
     return samples
 
 
-def _copy_seconds(streams: Streams, target: Tensor, memory: HostMemory) -> tuple[float, float]:
-    """Return the seconds of one whole copy, and of one of a single block."""
-    source = torch.from_numpy(memory.data)
-    return _copied(streams, target, source), _copied(streams, target[:4096], source[:4096])
-
-
-def _copied(streams: Streams, target: Tensor, source: Tensor) -> float:
+def _copied(streams: Streams, target: Tensor, source: Tensor) -> list[float]:
+    """Return the seconds of copies of ``source``, by the device's own clock."""
     marks = [streams.upload(target, source, streams.fence()) for _ in range(_REPEATS)]
     streams.synchronize()
-    return statistics.median(streams.seconds(mark) for mark in marks)
+    return [streams.seconds(mark) for mark in marks]
+
+
+def _computed(
+    host: HostExperts, kind: Kind, memory: HostMemory, clock: Callable[[], float], repeats: int = _REPEATS
+) -> list[float]:
+    """Return the seconds of one row with the processor."""
+    given, taken = np.zeros((1, kind.gate_up.columns), dtype=np.float32), []
+    for _ in range(repeats):
+        begin = clock()
+        host(kind, memory.data[: kind.size_bytes], given)
+        taken.append(clock() - begin)
+    return taken
 
 
 def _beside(
@@ -135,13 +182,22 @@ def _beside(
     target: Tensor,
     memory: HostMemory,
     clock: Callable[[], float],
-) -> tuple[float, float]:
-    """Return the processor's seconds of one row while copies run, and a copy's seconds meanwhile."""
-    given = np.zeros((1, kind.gate_up.columns), dtype=np.float32)
+    pace: float,
+) -> tuple[list[float], list[float]]:
+    """Return the processor's seconds of one row while copies run, and the copies' seconds meanwhile.
+
+    ``pace`` is how many copies the processor's work takes. There are twice as many, so that they outlast it, and only
+    those count that ended before it did.
+    """
     source, fence = torch.from_numpy(memory.data), streams.fence()
-    marks = [streams.upload(target, source, fence) for _ in range(_COPIES)]
-    begin = clock()
-    host(kind, memory.data[: kind.size_bytes], given)
-    taken_s = clock() - begin
-    streams.synchronize()
-    return taken_s, statistics.median(streams.seconds(mark) for mark in marks)
+    count = min(_MOST_COPIES, 2 + math.ceil(2 * pace))
+    computed, copied = [], []
+    for _ in range(_REPEATS):
+        origin = streams.stamp()
+        marks = [streams.upload(target, source, fence) for _ in range(count)]
+        computed += _computed(host, kind, memory, clock, 1)
+        streams.synchronize()
+        spans = [streams.span(mark, origin) for mark in marks]
+        inside = [end - start for start, end in spans if end <= computed[-1]]
+        copied += inside or [spans[0][1] - spans[0][0]]
+    return computed, copied

@@ -112,6 +112,11 @@ class DeviceEngine:
         context_tokens: Positions that the key/value cache holds.
         chunk_tokens: Most tokens of one forward pass.
         clock: Seconds, rising.
+
+    Attributes:
+        streams: The device.
+        memory: Where its experts lie.
+        ended_s: When logits came last, by the clock.
     """
 
     def __init__(
@@ -145,6 +150,7 @@ class DeviceEngine:
         self._log: list[Chosen] = []
         self._filled = 0
         self._seconds = [0.0, 0.0, 0.0]
+        self.ended_s = 0.0
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -246,6 +252,19 @@ class DeviceEngine:
 
     @_RUNNING
     @torch.inference_mode()
+    def bring_rows(self) -> None:
+        """Bring what experts of the waiting event see to the host, before the device has other work to wait for.
+
+        Raises:
+            InputError: Nothing waits.
+            DeviceError: The device failed.
+        """
+        waiting = self._event()
+        if waiting.rows is None:
+            waiting.rows = waiting.normed.cpu().numpy()
+
+    @_RUNNING
+    @torch.inference_mode()
     def compute_on_host(self, experts: Sequence[int]) -> None:
         """Compute these experts of the waiting event with the processor, from the host's arena.
 
@@ -300,7 +319,8 @@ class DeviceEngine:
             start = self._clock()
             rows = running.hidden if running.every_logit else running.hidden[-1:]
             running.logits = dense.matrices["head"](self._norm(rows, "norm")).cpu().numpy()
-            self._seconds[0] += self._clock() - start
+            self.ended_s = self._clock()
+            self._seconds[0] += self.ended_s - start
             if not np.isfinite(running.logits).all():
                 raise not_finite(len(self._graph.layers) - 1)
         return running.logits.copy() if running.every_logit else running.logits[0].copy()

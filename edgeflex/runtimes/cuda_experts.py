@@ -17,6 +17,7 @@ import numpy as np
 
 from edgeflex.errors import DeviceError
 from edgeflex.runtimes.cuda_streams import explained
+from edgeflex.runtimes.cuda_watch import EventWatch
 from edgeflex.runtimes.curves import Refit
 from edgeflex.runtimes.engines import DeviceStats
 from edgeflex.runtimes.expert_cache import union_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.cuda_ahead import Ahead
     from edgeflex.runtimes.cuda_decoder import DeviceEngine
+    from edgeflex.runtimes.cuda_watch import WatchedEvent
     from edgeflex.runtimes.curves import Curves
     from edgeflex.runtimes.expert_cache import ExpertCache
     from edgeflex.runtimes.movers import Read
@@ -56,6 +58,7 @@ _SERVING = explained("the device failed while it was served with experts")
 class _Sums:
     host_experts: int = 0
     ahead: int = 0
+    ahead_bytes: int = 0
     host_s: float = 0.0
     upload_s: float = 0.0
     predicted_s: float = 0.0
@@ -117,6 +120,9 @@ class DeviceExperts(Residency):
         self._refit = Refit(curves)
         self._scheduler = Scheduler(curves)
         self._passes = 0
+        self._watch = EventWatch(engine.streams, clock=clock)
+        self._watched: WatchedEvent | None = None  # the present event's notes
+        self._landed: list[tuple[float, float]] = []  # its reads, (begun, ended)
         self._between_s = 0.0  # from one event to the next, as decoding took last
         self._pass_start_s = clock()
         self._sums = _Sums()
@@ -126,7 +132,7 @@ class DeviceExperts(Residency):
         records = [expert.record for expert in store.experts.values()]
         whole = all(one.size_bytes % 4096 == 0 for one in records)
         direct = whole and bool(records) and all(takes_direct(file) for file in {one.file for one in records})
-        self._mover = mover(self._arena, direct=direct)
+        self._mover = mover(self._arena, direct=direct, clock=clock)
 
     def _empty_tiers(self) -> None:
         """Begin with nothing resident."""
@@ -152,6 +158,7 @@ class DeviceExperts(Residency):
         """Say which forward pass comes now, and learn from what the last one took."""
         self._begun.append(of)
         self._learn()
+        self._watch.begin_pass(decoding=of.decoding)
 
     @_SERVING
     def serve(self, missing: Missing) -> None:
@@ -193,6 +200,8 @@ class DeviceExperts(Residency):
         self.events.clear()
         self._begun.clear()
         self._step, self._ahead = -1, 0
+        self._watch.forget()
+        self._watched = None
         self._sums = replace(self._sums, predicted_link_s=0.0, stamps=[])
 
     @_SERVING
@@ -233,10 +242,13 @@ class DeviceExperts(Residency):
             prompts=tiers.counts(decoding=False),
             host_experts=self._sums.host_experts,
             copied_ahead=self._sums.ahead,
+            ahead_bytes=self._sums.ahead_bytes,
             host_s=self._sums.host_s,
             upload_s=self._sums.upload_s,
             predicted_s=self._sums.predicted_s,
             errors=self._refit.statistics(),
+            curves=self._refit.curves,
+            watched=self._watch.watched(),
         )
 
     # --- one event ------------------------------------------------------------------------------------
@@ -257,6 +269,8 @@ class DeviceExperts(Residency):
         self, present: Event, part: Sequence[int], weights: Sequence[float] | None, rows: NDArray[np.int64]
     ) -> None:
         layer = present.layer
+        self._watched = self._watch.begin_event(layer)
+        self._landed = []
         found = self._tiers.event(present.step, layer, part, weights, decoding=present.of.decoding)
         plan = self._planned(layer, part, found, rows)
         if found.evicted_ram and self._memory.copying:
@@ -268,22 +282,34 @@ class DeviceExperts(Residency):
         admission = self._tiers.admit(expert for _, expert in plan.uploaded)
         demoted = {key: self._memory.fetch(*key) for key in admission.demoted}
         self._make_room(admission, plan)
+        if plan.on_cpu:
+            self._engine.bring_rows()
         fence = self._engine.streams.fence()
         ready = [key for key in plan.uploaded if self._memory.on_host(key)]
-        for key in ready:
-            self._memory.upload(*key, self._vram_slots.offset(key), fence)
+        marks = [self._upload(key, fence) for key in ready]
         self._compute_resident(plan)
-        for key in ready:
-            self._engine.compute([key[1]])
+        for key, mark in zip(ready, marks, strict=True):
+            self._compute_uploaded(key, mark)
         self._compute_on_host([key for key in plan.on_cpu if self._memory.on_host(key)])
         if ram:
             self._serve_read(plan, fence)
         else:
             self._serve_landing(plan, fence)
+        self._end_event(present, plan)
         if self._tiers.exclusive:
             self._exchange(plan, admission, demoted)
         elif ram and present.of.decoding and self._rule is None:
             self._copy_ahead(layer, part, plan)
+
+    def _end_event(self, present: Event, plan: Schedule) -> None:
+        """Learn of the reads, which are over, and note when the rest is."""
+        if self._landed and present.of.decoding:
+            begun_s, ended_s = min(one for one, _ in self._landed), max(one for _, one in self._landed)
+            self._refit.observe("disk", plan.disk_s, max(0.0, ended_s - begun_s))
+        if self._watched is not None:
+            self._watched.reads = self._landed
+        self._watch.end_event(self._watched)
+        self._watched = None
 
     def _copy_ahead(self, layer: int, part: Sequence[int], plan: Schedule) -> None:
         """Let the link bring what will likely be wanted while the device goes on to the next event."""
@@ -298,9 +324,11 @@ class DeviceExperts(Residency):
                 self._memory.drop(*victim)
                 self._vram_slots.remove(victim)
             self._place_on_device(key)
-            self._memory.upload(*key, self._vram_slots.offset(key), self._engine.streams.fence())
+            mark = self._memory.upload(*key, self._vram_slots.offset(key), self._engine.streams.fence())
+            self._watch.copied_ahead(mark)
             self._sums.predicted_link_s += self._refit.curves.link_s(self._size(key))
             self._sums.ahead += 1
+            self._sums.ahead_bytes += self._size(key)
 
     def _planned(self, layer: int, part: Sequence[int], found: TierOutcome, rows: NDArray[np.int64]) -> Schedule:
         flash, hits = frozenset(found.flash_misses), frozenset(found.gpu_hits)
@@ -318,6 +346,8 @@ class DeviceExperts(Residency):
         if self._ahead_of is not None and self._rule is None:
             active = self._ahead_of.ranked(layer, active, self._refit.curves)
         plan = self._scheduler.schedule(active) if self._rule is None else self._rule(active, self._refit.curves)
+        if self._watched is not None:
+            self._watched.planned = plan, active, self._refit.curves
         self._sums.predicted_s += plan.span_s
         self._sums.predicted_link_s += sum(self._refit.curves.link_s(self._size(key)) for key in plan.uploaded)
         return plan
@@ -328,17 +358,36 @@ class DeviceExperts(Residency):
         streams = self._engine.streams
         begin = streams.stamp()
         self._engine.compute([expert for _, expert in plan.on_gpu])
+        if self._watched is not None:
+            self._watched.gpu.append((begin, None, streams.stamp()))
         if len(self._begun) == 1 and self._begun[0].decoding:
             kinds = [self._store.experts[key].precision.value for key in plan.on_gpu]
             predicted_s = sum(self._refit.curves.gpu_s(1, kind) for kind in kinds)
             self._sums.stamps.append((predicted_s, begin, streams.stamp()))
+
+    def _upload(self, key: Key, fence: Any) -> Any:
+        """Start the copy of an expert that the event asks for, and return its mark."""
+        mark = self._memory.upload(*key, self._vram_slots.offset(key), fence)
+        if self._watched is not None:
+            self._watched.uploads.append(mark)
+        return mark
+
+    def _compute_uploaded(self, key: Key, mark: Any) -> None:
+        streams, watched = self._engine.streams, self._watched
+        begin = None if watched is None else streams.stamp()
+        self._engine.compute([key[1]])
+        if watched is not None:
+            watched.gpu.append((begin, mark, streams.stamp()))
 
     def _compute_on_host(self, keys: Sequence[Key]) -> None:
         if not keys:
             return
         start = self._clock()
         self._engine.compute_on_host([expert for _, expert in keys])
-        taken_s = self._clock() - start
+        end = self._clock()
+        taken_s = end - start
+        if self._watched is not None:
+            self._watched.cpu.append((start, end))
         self._sums.host_experts += len(keys)
         self._sums.host_s += taken_s
         if self._begun and self._begun[0].decoding:
@@ -395,9 +444,10 @@ class DeviceExperts(Residency):
 
     def _land_one(self, key: Key, offset: int) -> None:
         """Wait for a read and say where it lies."""
-        start = self._clock()
-        self._reads[key].wait()
+        start, read = self._clock(), self._reads[key]
+        read.wait()
         self.wait_s += self._clock() - start
+        self._landed.append((read.begun_s, read.ended_s))
         del self._reads[key]
         self._verified.add(key)
         self._memory.bind(*key, self._store.experts[key].precision, offset)
@@ -412,8 +462,7 @@ class DeviceExperts(Residency):
     def _take_up(self, key: Key, fence: Any, *, upload: bool) -> None:
         """Compute an expert that has just come."""
         if upload:
-            self._memory.upload(*key, self._vram_slots.offset(key), fence)
-            self._engine.compute([key[1]])
+            self._compute_uploaded(key, self._upload(key, fence))
         else:
             self._compute_on_host([key])
 
@@ -461,6 +510,7 @@ class DeviceExperts(Residency):
             self._refit.observe("gpu", predicted_s, self._engine.streams.between(begin, end))
         now = self._clock()
         self._between_s, self._pass_start_s = (now - self._pass_start_s) / max(1, len(self._layers)), now
+        self._watch.collect(self._engine.ended_s)
         sums.predicted_link_s = 0.0
         sums.stamps.clear()
         self._passes += 1

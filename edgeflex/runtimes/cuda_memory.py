@@ -190,7 +190,7 @@ class ExpertMemory:
         self._host_places.pop((layer, expert), None)
 
     @_MOVING
-    def upload(self, layer: int, expert: int, offset: int, after: Any) -> None:
+    def upload(self, layer: int, expert: int, offset: int, after: Any) -> Any:
         """Start copying an expert from the host's arena to ``offset`` of the device's, where it lies from now on.
 
         Args:
@@ -198,6 +198,9 @@ class ExpertMemory:
             expert: Its number, bound.
             offset: A multiple of 4096.
             after: A mark of ``streams.fence``: what still uses these bytes stands before it.
+
+        Returns:
+            The copy's mark; see ``Streams.upload``.
 
         Raises:
             InputError: No such expert, it is not on the host, or it does not fit there.
@@ -209,6 +212,7 @@ class ExpertMemory:
         mark = self.streams.upload(arena[offset : offset + source.numel()], source, after)
         self._places[layer, expert] = offset
         self._uploads[layer, expert] = mark
+        return mark
 
     def drop(self, layer: int, expert: int) -> None:
         """Forget where an expert lies on the device; what is computed or copied later waits for its copy."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from edgeflex.errors import DeviceError, InputError
 from edgeflex.runtimes.cuda_ahead import Ahead
-from edgeflex.runtimes.cuda_curves import measure_curves
+from edgeflex.runtimes.cuda_curves import disk_rate, measure_curves
 from edgeflex.runtimes.cuda_decoder import DeviceEngine
 from edgeflex.runtimes.cuda_experts import RULES, DeviceExperts, tier_sizes
 from edgeflex.runtimes.cuda_host import open_host
@@ -23,13 +24,14 @@ from edgeflex.runtimes.cuda_streams import open_streams
 from edgeflex.runtimes.cuda_weights import open_experts
 from edgeflex.runtimes.engines import OpenedDevice
 from edgeflex.runtimes.movers import Mover
+from edgeflex.runtimes.policies import DEFAULT_POLICY
 from edgeflex.runtimes.reuse import ReusePolicy
 from edgeflex.runtimes.strategies import AheadCache
 from edgeflex.runtimes.tiers import TieredCache
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -37,14 +39,12 @@ if TYPE_CHECKING:
 
     from edgeflex.progress import Progress
     from edgeflex.runtimes.cuda_host import HostExperts
+    from edgeflex.runtimes.cuda_memory import DeviceBytes
     from edgeflex.runtimes.cuda_streams import Streams
-    from edgeflex.runtimes.cuda_weights import Kind
     from edgeflex.runtimes.curves import Curves
-    from edgeflex.runtimes.engines import DeviceRequest
+    from edgeflex.runtimes.engines import DeviceRequest, DeviceStats
     from edgeflex.runtimes.packed import PackedStore
     from edgeflex.schema_moe import DecoderManifest
-
-    Key = tuple[int, int]
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +87,20 @@ def open_device(
     dtype = _DTYPES[request.precision or ("fp32" if device.device.type == "cpu" else "bf16")]
     store, kinds = open_experts(folder, manifest)
     sizes = {"context_tokens": request.context_tokens, "chunk_tokens": request.chunk_tokens}
-    tiers = _tiers(manifest, store, kinds, request, device, dtype)
+    fixed = device_bytes(manifest, kinds, dtype, library_bytes=device.library_bytes, **sizes)
+    tiers = _tiers(store, fixed, manifest, request, device)
     processor = host or open_host(request.threads, progress)
     engine = DeviceEngine(folder, manifest, kinds, device, processor, dtype=dtype, clock=clock, **sizes)
     try:
         engine.load()
         known = curves or measure_curves(device, processor, kinds, dtype, progress=progress, clock=clock)
+        if curves is None:
+            known = replace(known, disk_bytes_per_s=disk_rate(store, mover, clock=clock))
         layers = [layer.index for layer in manifest.graph.layers if layer.routing is not None]
         experts = DeviceExperts(
             engine, store, tiers, layers, known, rule=request.rule, record=request.record, mover=mover, clock=clock
         )
-        if request.rule == "static" and request.static is not None:
+        if "static" in {request.rule, request.policy} and request.static is not None:
             experts.warm(request.static)
     except BaseException:
         engine.close()
@@ -107,7 +110,17 @@ def open_device(
             f"memory of the RAM tier is not pinned ({engine.memory.host_problem}): copies to the device are slower and "
             "overlap with less. Raise the limit on locked memory (`ulimit -l`), or give a smaller RAM tier."
         )
-    return OpenedDevice(engine, store, experts, experts.stats)
+
+    def stats() -> DeviceStats:
+        return replace(
+            experts.stats(),
+            rule=request.rule,
+            fixed_bytes=fixed.total,
+            requested_bytes=request.vram_bytes,
+            peak_bytes=device.peak_bytes(),
+        )
+
+    return OpenedDevice(engine, store, experts, stats)
 
 
 def _refuse_unknown(request: DeviceRequest) -> None:
@@ -123,24 +136,14 @@ def _refuse_unknown(request: DeviceRequest) -> None:
 
 
 def _tiers(
-    manifest: DecoderManifest,
-    store: PackedStore,
-    kinds: Mapping[Key, Kind],
-    request: DeviceRequest,
-    device: Streams,
-    dtype: torch.dtype,
+    store: PackedStore, fixed: DeviceBytes, manifest: DecoderManifest, request: DeviceRequest, device: Streams
 ) -> Callable[[], tuple[TieredCache, Ahead | None]]:
     """Divide the memories, and return what makes the tiers' books."""
-    fixed = device_bytes(
-        manifest,
-        kinds,
-        dtype,
-        context_tokens=request.context_tokens,
-        chunk_tokens=request.chunk_tokens,
-        library_bytes=device.library_bytes,
-    )
     total = int(store.sizes.sum())
-    given = request.vram_bytes if request.vram_bytes is not None else _all_of(device, fixed.total + total)
+    given = request.vram_bytes
+    if given is None:
+        planned = request.arena_bytes
+        given = _all_of(device, fixed.total + total) if planned is None else fixed.total + planned
     try:
         vram, ram, exclusive = tier_sizes(store.sizes, given - fixed.total, request.ram_bytes)
     except DeviceError as error:
@@ -148,6 +151,7 @@ def _tiers(
             f"{format_bytes(given)} of the device are not enough beside {format_bytes(fixed.dense)} of dense weights, "
             f"{format_bytes(fixed.key_values)} of keys and values and {format_bytes(fixed.work)} to work in: {error}"
         ) from None
+    exclusive = exclusive or (request.exclusive and ram > 0)
     logger.debug("tiers: %d bytes on the device, %d in RAM, exclusive %s", vram, ram, exclusive)
     top_k = max((layer.routing.top_k for layer in manifest.graph.layers if layer.routing), default=0)
     if request.policy == ReusePolicy.name:
@@ -160,6 +164,8 @@ def _tiers(
             ram,
             store.sizes,
             request.policy,
+            # a fixed list says what the device keeps; below it what was used counts, as the planner has it
+            DEFAULT_POLICY if request.policy == "static" else None,
             exclusive=exclusive,
             top_k=top_k,
             seed=request.seed,

@@ -94,6 +94,12 @@ class Streams(Protocol):
     def between(self, first: Any, last: Any) -> float:
         """Return the seconds from one stamp to a later one; both have passed."""
 
+    def span(self, mark: Any, origin: Any) -> tuple[float, float]:
+        """Return when an ended upload began and ended, in seconds from a stamp."""
+
+    def peak_bytes(self) -> int | None:
+        """Return the most bytes of the device that were held at once since it was opened; None where nobody counts."""
+
     def free_bytes(self) -> int | None:
         """Return what the device has free; None where nobody says."""
 
@@ -127,19 +133,19 @@ class HostStreams:
         """Return a mark; all computing is done when its call returns."""
         return 0.0
 
-    def upload(self, target: Tensor, source: Tensor, after: Any) -> float:
-        """Copy now, and return how long it took."""
+    def upload(self, target: Tensor, source: Tensor, after: Any) -> tuple[float, float]:
+        """Copy now, and return when that began and ended."""
         del after
         start = self._clock()
         target.copy_(source)
-        return self._clock() - start
+        return start, self._clock()
 
     def wait(self, mark: Any) -> None:
         """Do nothing."""
 
-    def seconds(self, mark: Any) -> float:
+    def seconds(self, mark: tuple[float, float]) -> float:
         """Return what ``upload`` found."""
-        return float(mark)
+        return mark[1] - mark[0]
 
     def stamp(self) -> float:
         """Return the time."""
@@ -148,6 +154,13 @@ class HostStreams:
     def between(self, first: Any, last: Any) -> float:
         """Return the difference."""
         return float(last - first)
+
+    def span(self, mark: tuple[float, float], origin: float) -> tuple[float, float]:
+        """Return what ``upload`` found, from ``origin`` on."""
+        return mark[0] - origin, mark[1] - origin
+
+    def peak_bytes(self) -> None:
+        """Return nothing: the processor's memory is not counted here."""
 
     def free_bytes(self) -> None:
         """Return nothing: the processor's memory is not the device's."""
@@ -179,6 +192,8 @@ class CudaStreams:
             self._side = torch.cuda.Stream(self.device)
             self.name = torch.cuda.get_device_name(self.device)
             self.grouped = torch.cuda.get_device_capability(self.device) >= _GROUPED_SINCE
+            self._held_bytes = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._registered: list[NDArray[np.uint8]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -245,6 +260,14 @@ class CudaStreams:
     def between(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         """Return the device's own seconds between two stamps."""
         return first.elapsed_time(last) / 1e3
+
+    def span(self, mark: tuple[torch.cuda.Event, torch.cuda.Event], origin: torch.cuda.Event) -> tuple[float, float]:
+        """Return the device's own times of an ended upload; one that began before ``origin`` has times below 0."""
+        return origin.elapsed_time(mark[0]) / 1e3, origin.elapsed_time(mark[1]) / 1e3
+
+    def peak_bytes(self) -> int:
+        """Return what PyTorch's allocator says, less what others of this process held before."""
+        return max(0, int(torch.cuda.max_memory_allocated(self.device)) - self._held_bytes)
 
     def free_bytes(self) -> int:
         """Return what the driver says is free."""

@@ -16,6 +16,7 @@ from edgeflex.errors import BundleError, InputError
 from edgeflex.progress import Silent
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.decoder_measure import Reply, Task, answer
+from edgeflex.runtimes.device_record import merged
 from edgeflex.schema import Check, Conditions
 from edgeflex.schema_moe import DecoderBench
 from edgeflex.units import format_bytes, format_share, format_time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from edgeflex.bundle_moe import DecoderBundle
     from edgeflex.progress import Progress
+    from edgeflex.schema_gpu import DeviceRecord
     from edgeflex.schema_moe import DecoderManifest, DecoderRunStats
 
     Unit = Literal["bytes", "s", "share", "count"]
@@ -39,10 +41,24 @@ _PROMPT_TOLERANCE = 0.1  # a promise about the first token is for a prompt of on
 
 @dataclass(frozen=True)
 class _Measured:
-    """All repeats of a benchmark."""
+    """All repeats of a benchmark.
+
+    ``elsewhere`` says where they ran if not where the plan is for, ``other`` with what if not with the plan's settings.
+    """
 
     replies: tuple[Reply, ...]
-    as_planned: bool
+    elsewhere: str = ""
+    other: str = ""
+
+    @property
+    def unjudged(self) -> str:
+        """Why the plan's promises about speed and hits are not held against this."""
+        return self.elsewhere or self.other
+
+    @property
+    def device(self) -> DeviceRecord | None:
+        records = [reply.device for reply in self.replies if reply.device is not None]
+        return merged(records) if records else None
 
     @property
     def runs(self) -> tuple[DecoderRunStats, ...]:
@@ -67,7 +83,7 @@ def bench_decoder(
 
     Each repeat is a process of its own: its first prompt meets an empty cache of experts, later ones what the
     earlier left, as in the replay that the plan was made with. Packing, which happens once per processor, is
-    done before and not timed.
+    done before and not timed. On a device, events are recorded and some of them watched closely.
 
     Args:
         folder: The bundle.
@@ -102,7 +118,10 @@ def bench_decoder(
     manifest = DecoderSession.from_bundle(folder, chosen).manifest
     tasks = [Task(prompt=tuple(prompt), max_tokens=max_tokens) for prompt in prompts]
     shown = progress or Silent()
-    answer(folder, chosen, (), device)
+    if chosen.device is None:
+        answer(folder, chosen, (), device)  # packs, which a device needs not
+    else:
+        chosen = replace(chosen, record=True)
     replies = []
     with shown.task("bench", repeats) as advance:
         for _ in range(repeats):
@@ -110,14 +129,21 @@ def bench_decoder(
             reply = answer(folder, chosen, tasks, device)
             replies.append(_at(reply, before, conditions()))
             advance(1)
-    measured = _Measured(tuple(replies), _as_planned(manifest, chosen))
+    measured = _Measured(tuple(replies), _elsewhere(manifest, chosen), _other_settings(manifest, chosen))
+    record = measured.device
     return DecoderBench(
-        manifest_digest=manifest.digest(), runs=measured.runs, checks=tuple(_bench_checks(manifest, measured))
+        manifest_digest=manifest.digest(),
+        runs=measured.runs,
+        checks=(*_bench_checks(manifest, measured), *_device_checks(manifest, record)),
+        device=record,
     )
 
 
 def _at(reply: Reply, before: Conditions, after: Conditions) -> Reply:
-    runs = tuple(run.model_copy(update={"before": before, "after": after}) for run in reply.runs)
+    changes: dict[str, object] = {"before": before, "after": after}
+    if reply.device is not None and reply.runs:
+        changes["device"] = f"{reply.device.name}, with {reply.runs[0].device}"
+    runs = tuple(run.model_copy(update=changes) for run in reply.runs)
     return reply.model_copy(update={"runs": runs})
 
 
@@ -129,24 +155,36 @@ def _plain(settings: Settings | None) -> Settings:
     return replace(chosen, static=[(int(layer), int(expert)) for layer, expert in chosen.static])
 
 
-def _as_planned(manifest: DecoderManifest, chosen: Settings) -> bool:
+def _elsewhere(manifest: DecoderManifest, chosen: Settings) -> str:
+    """Return where a run is if not where the plan is for, so that its promises do not hold; empty if there."""
+    planned = manifest.plan.gpu is not None
+    if chosen.device is None:
+        return "run on the processor, planned for a GPU" if planned else ""
+    if chosen.device != "cuda":
+        return "the processor stood in for a GPU"
+    return "" if planned else "run on a GPU, planned for the processor"
+
+
+def _other_settings(manifest: DecoderManifest, chosen: Settings) -> str:
     plan = manifest.plan
-    pairs = (
-        (chosen.cache_bytes, plan.cache_bytes),
-        (chosen.policy, plan.policy),
-        (chosen.threads, plan.threads),
-        (chosen.prefetch_depth, plan.prefetch_depth),
-        (chosen.context_tokens, plan.context_tokens),
-        (chosen.chunk_tokens, plan.prefill_chunk_tokens),
-    )
-    return all(value is None or value == planned for value, planned in pairs)
+    pairs = {
+        "cache": (chosen.cache_bytes, plan.cache_bytes),
+        "policy": (chosen.policy, plan.policy),
+        "threads": (chosen.threads, plan.threads),
+        "prefetch": (chosen.prefetch_depth, plan.prefetch_depth),
+        "context": (chosen.context_tokens, plan.context_tokens),
+        "chunks of prompts": (chosen.chunk_tokens, plan.prefill_chunk_tokens),
+        "GPU memory": (chosen.vram_bytes, plan.budget.vram_bytes),
+    }
+    others = [name for name, (value, planned) in pairs.items() if value is not None and value != planned]
+    return f"run with other settings than the plan's: {', '.join(others)}" if others else ""
 
 
 def _bench_checks(manifest: DecoderManifest, measured: _Measured) -> list[Check]:
     return [
         *_token_checks(manifest, measured),
         *_first_token_checks(manifest, measured),
-        *_memory_checks(manifest, measured.replies),
+        *_memory_checks(manifest, measured.replies, measured.elsewhere),
         _cache_check(manifest, measured.runs),
         _hit_check(manifest, measured),
     ]
@@ -174,7 +212,7 @@ def _token_checks(manifest: DecoderManifest, measured: _Measured) -> list[Check]
         (plan.predicted.token_s.value, plan.budget.token_s),
         measured_s,
         note if means else "not measured: no answer has a second token",
-        judged=_judged(measured),
+        measured=measured,
     )
 
 
@@ -192,21 +230,21 @@ def _first_token_checks(manifest: DecoderManifest, measured: _Measured) -> list[
         (plan.predicted.first_token_s.value, plan.budget.first_token_s),
         read if near else None,
         note if near else far,
-        judged=_judged(measured),
+        measured=measured,
     )
 
 
-def _judged(measured: _Measured) -> str:
-    return "" if measured.as_planned else "run with other settings than the plan's"
-
-
 def _time_checks(
-    name: str, promise: tuple[float, float | None], measured_s: float | None, note: str, *, judged: str
+    name: str, promise: tuple[float, float | None], measured_s: float | None, note: str, *, measured: _Measured
 ) -> list[Check]:
-    """Return the promise's check and, where there is one, the budget's; ``judged`` says why the promise is not."""
+    """Return the promise's check and, where there is one, the budget's.
+
+    The promise holds for the plan's settings, the budget wherever the plan is for.
+    """
     promised_s, limit_s = promise
     kept = measured_s is not None and measured_s <= promised_s * (1 + TIME_TOLERANCE)
     fast = measured_s is not None and measured_s < promised_s * (1 - TIME_TOLERANCE)
+    judged = measured.unjudged
     checks = [
         _check(
             name,
@@ -220,18 +258,23 @@ def _time_checks(
         )
     ]
     if limit_s is not None:
-        ok = measured_s is not None and measured_s <= limit_s
-        checks.append(_check(f"{name} budget", "s", promised_s, measured_s, ok=ok, limit=limit_s, note=note))
+        there = None if measured.elsewhere else measured_s
+        ok = there is not None and there <= limit_s
+        told = f"not judged: {measured.elsewhere}" if measured.elsewhere else note
+        checks.append(_check(f"{name} budget", "s", promised_s, there, ok=ok, limit=limit_s, note=told))
     return checks
 
 
-def _memory_checks(manifest: DecoderManifest, replies: Sequence[Reply]) -> list[Check]:
+def _memory_checks(manifest: DecoderManifest, replies: Sequence[Reply], elsewhere: str = "") -> list[Check]:
     """Hold all that the process held, the runtime's own part included, against the plan and the budget."""
     plan = manifest.plan
     held = max((run.peak_memory_bytes + run.runtime_memory_bytes for one in replies for run in one.runs), default=None)
     promised = plan.predicted.memory.total_bytes
     rises = [reply.rise_bytes for reply in replies if reply.rise_bytes is not None]
     note = f"highest rise, mapped files included: {format_bytes(max(rises))}" if rises else ""
+    if elsewhere:
+        note = f"not judged: {elsewhere}; the process held {format_bytes(held or 0)}"
+        held = None
     checks = [
         _check(
             "memory",
@@ -260,12 +303,31 @@ def _cache_check(manifest: DecoderManifest, runs: Sequence[DecoderRunStats]) -> 
     )
 
 
+def _device_checks(manifest: DecoderManifest, record: DeviceRecord | None) -> list[Check]:
+    """Return what was planned of the device's memory against the most that was held, and the budget's check.
+
+    The promise is the plan's where it is for a GPU, else what this run reckoned before it took anything.
+    """
+    if record is None:
+        return []
+    gpu, peak = manifest.plan.gpu, record.peak_bytes
+    promised = record.planned_bytes if gpu is None else gpu.memory.total_bytes
+    note = "by PyTorch's allocator" if peak is not None else "not measured: nobody counts this device's memory"
+    ok = peak is not None and peak <= promised
+    checks = [_check("device memory", "bytes", promised, peak, ok=ok, high=promised, note=note)]
+    limit = record.requested_bytes if manifest.plan.budget.vram_bytes is None else manifest.plan.budget.vram_bytes
+    if limit is not None:
+        ok = peak is not None and peak <= limit
+        checks.append(_check("device memory budget", "bytes", promised, peak, ok=ok, limit=limit, note=note))
+    return checks
+
+
 def _hit_check(manifest: DecoderManifest, measured: _Measured) -> Check:
     hits = sum(run.cache.decode_hits for run in measured.runs)
     uses = hits + sum(run.cache.decode_misses for run in measured.runs)
     promised = manifest.plan.predicted.hit_rate
     least = max(0.0, promised - HIT_TOLERANCE)
-    judged = _judged(measured)
+    judged = measured.unjudged
     note = f"not judged: {judged}" if judged else f"{uses:,} uses while decoding"
     if not uses:
         note = "not measured: no expert was used while decoding"
@@ -320,13 +382,14 @@ def verify_decoder(
 
     Args:
         folder: The bundle.
-        settings: What differs from the plan; tokens do not depend on it.
+        settings: What differs from the plan; tokens do not depend on it, but for a device's rounding.
         device: What the machine is called in the record.
         progress: Told about steps.
 
     Returns:
-        The checks: files, packed store, greedy agreement, memory, expert cache. Where files changed nothing is
-        run, and the other checks say that they were not measured.
+        The checks: files, packed store, greedy agreement, memory, expert cache; on a device its memory, and the
+        process's only where the plan is for one. Where files changed nothing is run, and the other checks say that
+        they were not measured.
 
     Raises:
         InputError: ``folder`` is not a bundle's.
@@ -334,6 +397,8 @@ def verify_decoder(
         DeviceError: The process failed.
     """
     chosen = _plain(settings)
+    if chosen.device is not None:
+        chosen = replace(chosen, record=True)
     bundle = open_decoder_bundle(folder)
     manifest = bundle.manifest
     shown = progress or Silent()
@@ -348,12 +413,15 @@ def verify_decoder(
     with shown.task("answers", 1) as advance:
         reply = answer(folder, chosen, tasks, device, check_store=True)
         advance(1)
+    memory = () if _elsewhere(manifest, chosen) else _memory_checks(manifest, (reply,))
+    counted = [one for one in _device_checks(manifest, reply.device) if one.was_measured]
     return (
         files,
         _store_check(reply),
         _agreement_check(manifest, reply),
-        *_memory_checks(manifest, (reply,)),
+        *memory,
         _cache_check(manifest, reply.runs),
+        *counted,
     )
 
 

@@ -14,8 +14,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from edgeflex.errors import (
     BundleError,
@@ -25,6 +26,7 @@ from edgeflex.errors import (
     MissingDependencyError,
     UnsupportedError,
 )
+from edgeflex.registry import GPU_BACKENDS
 from edgeflex.runtimes import fresh
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun
@@ -39,16 +41,39 @@ _SAID: dict[int, type[EdgeflexError]] = {
 }
 
 
+class DeviceMemory(NamedTuple):
+    """What a session took of a GPU's memory.
+
+    Attributes:
+        model_bytes: Less free than before it was loaded, and no less than is known to be taken.
+        unified: The GPU's memory is the processor's.
+    """
+
+    model_bytes: int
+    unified: bool
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session that knows what it took of a GPU."""
+
+    def device_memory(self) -> DeviceMemory:
+        """Return what it took; it is open."""
+
+
 class ModelMemory(Noun):
     """Bytes of one bundle in a process of its own.
 
     ``model_bytes`` are held with every segment loaded and run; ``load_peak_bytes`` is the highest resident rise
-    on the way there, pages of the program file included, None where the system does not tell.
+    on the way there, pages of the program file included, None where the system does not tell. ``device_bytes`` is what
+    it took of a GPU's memory, None where it runs on none; with ``unified`` that is the process's memory too.
     """
 
     runtime_bytes: int
     model_bytes: int
     load_peak_bytes: int | None
+    device_bytes: int | None = None
+    unified: bool | None = None
 
 
 def measure_memory(bundle: Bundle, threads: int = 1, *, inferences: int = 5) -> ModelMemory:
@@ -95,12 +120,50 @@ def _held(path: Path, threads: int, inferences: int) -> ModelMemory:
         for _ in range(inferences):
             session.infer(x, never)
         now = memory_now()
+        held = session.device_memory() if isinstance(session, OnDevice) else None
     peak = now.peak_resident_bytes
     return ModelMemory(
         runtime_bytes=start.anonymous_bytes,
         model_bytes=now.above(start),
         load_peak_bytes=None if peak is None or not told else max(0, peak - start.resident_bytes),
+        device_bytes=None if held is None else held.model_bytes,
+        unified=None if held is None else held.unified,
     )
+
+
+def measured_here(path: Path, threads: int, inferences: int) -> ModelMemory:
+    """Load and run a bundle twice in this process, and return what it held the second time.
+
+    Args:
+        path: The bundle.
+        threads: Threads of the pool.
+        inferences: Passes through all segments.
+
+    Raises:
+        EdgeflexError: The bundle cannot be opened or run here.
+    """
+    with _kept_device(path):
+        _held(path, threads, inferences)
+        gc.collect()
+        memory_now()  # its own first call allocates
+        return _held(path, threads, inferences)
+
+
+def _kept_device(path: Path) -> AbstractContextManager[object]:
+    """Return what keeps a GPU's libraries loaded from the first time to the second, for bundles that run on one.
+
+    Where there is no GPU, loading says so, with what to do.
+    """
+    from edgeflex.bundle import open_bundle
+
+    if open_bundle(path).manifest.backend not in GPU_BACKENDS:
+        return nullcontext()
+    from edgeflex.runtimes.cuda_driver import CudaContext
+
+    try:
+        return closing(CudaContext())
+    except DeviceError:
+        return nullcontext()
 
 
 def _main() -> int:
@@ -110,10 +173,7 @@ def _main() -> int:
     request = json.load(sys.stdin)
     path, threads, inferences = Path(request["bundle"]), request["threads"], request["inferences"]
     try:
-        _held(path, threads, inferences)
-        gc.collect()
-        memory_now()  # its own first call allocates
-        result = _held(path, threads, inferences)
+        result = measured_here(path, threads, inferences)
     except EdgeflexError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -84,7 +84,12 @@ def takes_direct(file: Path) -> bool:
 
 
 class Read:
-    """One record on its way. ``wait`` returns when all of it is in place and is what it should be."""
+    """One record on its way. ``wait`` returns when all of it is in place and is what it should be.
+
+    Attributes:
+        begun_s: When it was asked for, by the mover's clock.
+        ended_s: When the last byte of it came; 0 before.
+    """
 
     def __init__(self, record: Record, target: memoryview, *, check: bool, parts: int) -> None:
         self.record = record
@@ -96,6 +101,7 @@ class Read:
         self._landed.acquire()
         self._over = False
         self._fault: BaseException | None = None
+        self.begun_s = self.ended_s = 0.0
 
     @property
     def done(self) -> bool:
@@ -119,7 +125,7 @@ class Read:
         if self._fault is not None:
             raise self._fault
 
-    def _part_ended(self, fault: BaseException | None) -> None:
+    def _part_ended(self, fault: BaseException | None, ended_s: float) -> None:
         """Count one part; the last one checks the whole and lets the waiting go on."""
         with self._guard:
             self._fault = self._fault or fault
@@ -127,6 +133,7 @@ class Read:
             last = self._left == 0
         if not last:
             return
+        self.ended_s = ended_s
         if self._fault is None and self._check:
             self._fault = _differs(self.record, self._target)
         self._landed.release()
@@ -245,6 +252,7 @@ class Mover:
         step = self._chunk_bytes * (_LONG_CHUNKS if waiting else 1)
         starts = range(0, record.size_bytes, step)
         read = Read(record, target, check=check, parts=len(starts))
+        read.begun_s = self._clock()
         for start in starts:
             end = min(start + step, record.size_bytes)
             self._parts.put(_Part(read, start, end, target[start:end]))
@@ -282,7 +290,7 @@ class Mover:
                 fault = _system_fault(part.read.record, error)
             except BaseException as error:  # noqa: BLE001 - a bug must reach whoever waits, not end this thread
                 fault = error
-            part.read._part_ended(fault)  # noqa: SLF001 - the two classes are one thing seen from two sides
+            part.read._part_ended(fault, self._clock())  # noqa: SLF001 - the two classes are one thing seen from two sides
             del part, fault
 
     def _read(self, part: _Part) -> None:

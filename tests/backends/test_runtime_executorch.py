@@ -169,7 +169,8 @@ def test_a_wrong_example_is_a_device_error_with_the_method(linear_program: bytes
 
 def test_memory_measured_twice_agrees_within_two_per_cent(bundle: Bundle) -> None:
     first, second = measure_memory(bundle), measure_memory(bundle)
-    assert second.model_bytes == pytest.approx(first.model_bytes, rel=0.02)
+    # of a network this small, one page of the allocator is more than two per cent
+    assert second.model_bytes == pytest.approx(first.model_bytes, rel=0.02, abs=4096)
     weights_bytes = 4 * (3 * 8 * 9 + 8 * 16 * 9 + 16 * 32 * 9 + 3 * (8 + 16 + 32))
     assert weights_bytes < first.model_bytes < 20 * weights_bytes
     assert first.runtime_bytes > 10 * first.model_bytes

@@ -537,3 +537,20 @@ def test_a_few_values_may_tip_where_activations_are_rounded_but_not_many() -> No
 def test_choosing_needs_an_image(folder: Path) -> None:
     with pytest.raises(InputError, match="0 images and 40 rounds"):
         choose_settings(folder, toy_programs(), toy_inputs(0))
+
+
+def test_what_settings_move_is_the_most_over_all_images_and_exits(tmp_path: Path) -> None:
+    from edgeflex.flow.ship import moved_by_settings
+
+    folder = write_int4(tmp_path)
+    images = np.random.default_rng(5).normal(size=(64, DEPTH)).astype(np.float32)
+    moved = [moved_by_settings("onnx", folder, one_segment(), images[:count], "fast-int8") for count in (2, 64)]
+    plain, quick = (
+        np.concatenate([answers(folder, image[None], name)[None] for image in images]) for name in ("", "fast-int8")
+    )
+    assert moved == pytest.approx([float(np.abs(plain - quick)[:count].max()) for count in (2, 64)])
+    few, all_of_them = moved
+    assert few is not None
+    assert all_of_them is not None
+    assert few < all_of_them, "two images show less than all"
+    assert moved_by_settings("onnx", folder, one_segment(), images, "") is None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edgeflex import terminal
 from edgeflex.plans import solve
 from edgeflex.profiles import load, names
-from edgeflex.schema import Curve, CurvePoint
+from edgeflex.schema import Curve, CurvePoint, Figure, Overlap
 from tests.builders import decision, option, random_budget, table
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ def test_a_narrow_profile_shows_every_figure_with_its_source(name: str, width):
     assert shown(terminal.device_text(device)) == shown(wide)
     for figure in (one.ops_per_s for one in device.compute):
         assert shown(figure.source) <= shown(wide)
+
+
+def test_what_work_loses_beside_other_work_stands_among_the_figures():
+    factor = Figure(value=1.234, origin="measured", source="copies beside reads", spread=0.1)
+    device = load(names()[0]).model_copy(update={"overlap": Overlap(link_beside_cpu=factor)})
+    (row,) = [line for line in terminal.device_text(device).splitlines() if line.startswith("link beside CPU")]
+    assert "1.23 times" in row
+    assert "±5 %" in row
 
 
 def test_a_narrow_solution_shows_every_choice(width):

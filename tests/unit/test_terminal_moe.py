@@ -13,10 +13,12 @@ from edgeflex.schema_moe import DecoderBudget, SimulatedCache, Simulation
 from tests.decoder_samples import (
     sample_bench,
     sample_calibration,
+    sample_gpu_plan,
     sample_graph,
     sample_manifest,
     sample_plan,
     sample_points,
+    sample_record,
     sample_sizes,
     sample_stats,
 )
@@ -29,13 +31,18 @@ TEXTS = {
     "sizes": lambda: terminal_moe.decoder_sizes_text(sample_sizes()),
     "calibration": lambda: terminal_moe.decoder_calibration_text(sample_calibration()),
     "plan": lambda: terminal_moe.decoder_plan_text(sample_plan()),
+    "plan for a GPU": lambda: terminal_moe.decoder_plan_text(sample_gpu_plan()),
     "bundle": lambda: terminal_moe.decoder_bundle_text(MANIFEST),
+    "bundle for TensorRT": lambda: terminal_moe.decoder_bundle_text(
+        MANIFEST.model_copy(update={"backend": "tensorrt"})
+    ),
     "run": lambda: terminal_moe.generation_text(sample_stats(MANIFEST)),
     "run with plan": lambda: terminal_moe.generation_text(sample_stats(MANIFEST), sample_plan()),
     "report": lambda: terminal_moe.decoder_report_text(
         build_decoder_report(MANIFEST, sample_bench(MANIFEST), sample_stats(MANIFEST))
     ),
     "simulation": lambda: terminal_moe.simulation_text(simulation()),
+    "device": lambda: terminal_moe.device_record_text(sample_record()),
 }
 
 
@@ -69,6 +76,12 @@ def test_a_narrow_terminal_loses_nothing(name: str, width):
     wide = TEXTS[name]()
     width(40)
     assert shown(TEXTS[name]()) == shown(wide)
+
+
+@pytest.mark.parametrize(("backend", "said"), [("executorch", False), ("onnx", True), ("tensorrt", True)])
+def test_a_bundle_for_another_engine_says_whose_times_the_plan_has(backend: str, said: bool):
+    text = terminal_moe.decoder_bundle_text(MANIFEST.model_copy(update={"backend": backend}))
+    assert ("own engine" in " ".join(text.split())) is said
 
 
 # --- graph --------------------------------------------------------------------------------------------------
@@ -130,6 +143,31 @@ def test_a_calibration_shows_what_each_precision_costs(width):
 
 
 # --- plan ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_for_a_gpu_shows_both_memories_what_was_tried_and_what_is_assumed(width):
+    width(120)
+    text = terminal_moe.decoder_plan_text(sample_gpu_plan())
+    assert text.startswith("OFFLOAD: the GPU's memory holds a part of the experts")
+    assert cells(text, "GPU memory") == ["GPU memory", "4.00 GiB", "3.45 GiB", "13.9 % left"]
+    assert cells(text, "driver and libraries")[1] == "576.00 MiB"
+    assert cells(text, "time per token ")[-1] == "–"
+    assert "4.20 ms (3.10 ms to 6.80 ms)" in text
+    assert cells(text, "no cache or scheduler can beat")[-1] == "3.10 ms (74 % reached)"
+    assert cells(text, "cpu (static)") == ["cpu (static)", "5.10 ms", "196.1 tokens/s"]
+    assert "from data sheets at least in part" in " ".join(text.split())
+    assert "assumed: copies to the GPU" in text
+    measured = terminal_moe.decoder_plan_text(sample_gpu_plan(origin="measured"))
+    assert "data sheets" not in measured
+
+
+def test_one_memory_is_counted_once_against_its_budget(width):
+    width(120)
+    plan = sample_gpu_plan(one_memory=True, ram_cache_bytes=0)
+    assert plan.gpu is not None
+    total = plan.gpu.memory.total_bytes + plan.predicted.memory.total_bytes
+    assert cells(terminal_moe.decoder_plan_text(plan), "memory ")[2] == f"{total / 2**30:.2f} GiB"
+    assert "The process, in the same memory" in terminal_moe.decoder_plan_text(plan)
 
 
 def test_a_plan_begins_with_its_verdict_and_reasons(width):
@@ -242,3 +280,13 @@ def test_a_simulation_with_a_link_says_how_fast_and_how_near_the_bound(width):
     line = terminal_moe.simulation_text(simulation(1e9)).splitlines()[2]
     assert f"{1e9 / first.bytes_per_token:.1f} tokens/s" in line
     assert line.endswith("50 %")
+
+
+def test_a_device_is_shown_with_its_errors_and_its_waiting():
+    record = sample_record()
+    text = terminal_moe.device_record_text(record)
+    assert cells(text, "copying hidden") == ["copying hidden behind computing", "83.3 %"]
+    assert cells(text, "copies to the GPU")[1] == f"{record.errors['link'].samples}"
+    waits = text[text.index("Share of the watched time") :]
+    assert cells(waits, "GPU") == ["GPU", "18.1 %", "41.5 %", "40.4 %"]
+    assert terminal_moe.device_record_text(sample_record(errors={}, pass_s=0.0)).count("\n\n") == 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edgeflex.costs.store import Calibration, CalibrationMeta, MixRecord, mix_digest
+from edgeflex.costs.store import TRIAL, Calibration, CalibrationMeta, MixRecord, mix_digest, save_array
 from edgeflex.errors import InputError
 from tests.small_graphs import DYNAMIC, FP32, STATIC, probabilities
 
@@ -58,6 +58,17 @@ def test_what_was_written_is_read_back_after_opening_again(tmp_path: Path):
     assert after.has_mix(MIX)
     assert after.has_mix({"one": STATIC})
     assert not after.has_mix({"one": DYNAMIC})
+
+
+def test_settings_are_tried_on_what_was_kept_for_that_and_else_on_the_samples(tmp_path: Path):
+    folder = filled(tmp_path / "calibration")
+    save_array(folder.folder / "samples.npy", np.zeros((2, 3), dtype=np.float32))
+    assert folder.trial_images().shape == (2, 3)
+    save_array(folder.folder / TRIAL, np.ones((64, 3), dtype=np.float32))
+    assert folder.trial_images().shape == (64, 3)
+    assert folder.samples().shape == (2, 3)
+    folder.clear()
+    assert not folder.has(TRIAL)
 
 
 def test_the_parts_are_shuffled_by_the_seed_alone(tmp_path: Path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 
-from edgeflex.profiles.cuda import DriverFacts, GpuFacts, driver
+from edgeflex.profiles.cuda import DriverFacts, GpuFacts, cuda_problem, driver
 from edgeflex.profiles.machine import processor_isa
 
 
@@ -74,6 +75,16 @@ def test_a_driver_that_does_not_start_gives_its_number_and_what_it_means(status:
 
 def test_a_driver_without_a_gpu_says_so():
     assert driver(lambda name: Library()).problem == "the NVIDIA driver sees no GPU"
+
+
+def test_why_nothing_of_a_gpu_can_be_measured_is_told():
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert cuda_problem(absent) == driver(absent).problem
+    assert "sees no GPU" in str(cuda_problem(lambda name: Library()))
+    if not importlib.import_module("torch").cuda.is_available():
+        assert "reaches no device" in str(cuda_problem(lambda name: Library(gpus=GPUS)))
 
 
 def test_the_gpu_in_a_profile_is_told_from_its_processor():

@@ -87,6 +87,8 @@ def test_a_quick_profile_is_whole_and_quick(tmp_path):
     assert profile.conditions["version_executorch"] == "1.5.1"
     assert "load_average_before" in profile.conditions
     assert "load_average_after" in profile.conditions
+    if profile.overlap is None:
+        assert any("beside each other was not measured: " in note for note in profile.notes)
     path = tmp_path / "device.json"
     path.write_text(profile.model_dump_json())
     assert load(str(path)) == profile

@@ -111,6 +111,18 @@ def test_an_accelerators_memory_is_not_read_from_the_process(make_small):
     assert not verdict(build_report(other, make_small.bench(other), None, None), "device memory").was_measured
 
 
+@pytest.mark.parametrize(
+    ("memory_of", "name", "measured"), [("gpu", "GPU memory", 700), ("shared", "memory shared by CPU and GPU", 1600)]
+)
+def test_a_gpus_memory_is_the_drivers_and_one_memory_is_counted_whole(make_small, memory_of, name, measured):
+    manifest = make_small.manifest(memory_of=memory_of).model_copy(update={"backend": "tensorrt"})
+    changes = {"device_memory_bytes": 700, "unified_memory": memory_of == "shared"}
+    bench = make_small.bench(manifest).model_copy(update=changes)
+    found = verdict(build_report(manifest, bench, None, None), name)
+    assert (found.measured, found.ok) == (measured, measured <= 1000)
+    assert not verdict(build_report(manifest, None, None, None), name).was_measured
+
+
 def test_flash_is_the_sum_of_all_files(make_small):
     manifest = make_small.manifest(budget=Budget(memory_bytes={Tier.FLASH: 649}))
     found = verdict(build_report(manifest, None, None, None), "flash")

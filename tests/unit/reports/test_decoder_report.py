@@ -21,7 +21,17 @@ from edgeflex.reports.decoder import (
     save_decoder_report,
     to_decoder_html,
 )
-from edgeflex.reports.decoder_charts import Level, MapRow, Series, expert_map, stacked_columns, use_cell
+from edgeflex.reports.decoder_charts import (
+    Cloud,
+    Level,
+    MapRow,
+    Series,
+    clouds,
+    expert_map,
+    stacked_columns,
+    use_cell,
+)
+from edgeflex.reports.decoder_device import device_section, gpu_memory_bars
 from edgeflex.reports.decoder_sections import (
     commands,
     hits_section,
@@ -30,9 +40,18 @@ from edgeflex.reports.decoder_sections import (
     time_section,
     use_section,
 )
-from edgeflex.schema import Check, Choice
+from edgeflex.schema import Check, Choice, DeviceProfile
+from edgeflex.schema_gpu import GpuMemory, GpuPlacement, PlacementTrial
 from edgeflex.schema_moe import DecoderBudget
-from tests.decoder_samples import MIB, sample_bench, sample_graph, sample_manifest, sample_points, sample_stats
+from tests.decoder_samples import (
+    MIB,
+    sample_bench,
+    sample_graph,
+    sample_manifest,
+    sample_points,
+    sample_record,
+    sample_stats,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00"
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -316,6 +335,132 @@ def test_the_curve_shows_the_plan_the_run_and_belady(manifest):
 def test_the_commands_repeat_the_budget_exactly(manifest):
     plan = next(line for line in commands(manifest) if line.startswith("edgeflex plan"))
     assert "--memory 2147483648 --latency 60ms/token --first-token 4000ms --max-kl 0.03" in plan
+
+
+# --- device -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_device(manifest) -> DecoderReportDocument:
+    record = sample_record()
+    checks = [
+        Check(name=name, unit="bytes", limit=limit, promised=4060 * MIB, measured=3981 * MIB, ok=True)
+        for name, limit in (("device memory", None), ("device memory budget", 4096 * MIB))
+    ]
+    bench = sample_bench(manifest)
+    bench = bench.model_copy(update={"device": record, "checks": (*bench.checks, *checks)})
+    return build_decoder_report(manifest, bench, None, sample_points())
+
+
+def test_a_device_has_a_section_of_its_own_and_its_budget_a_verdict(on_device, full):
+    page = Page(to_decoder_html(on_device)).text
+    for words in ("Predicted against measured", "Who waited", "NVIDIA GeForce RTX 4090", "copies to the GPU"):
+        assert words in page
+        assert words not in Page(to_decoder_html(full)).text
+    assert verdict(on_device, "device memory").limit == 4096 * MIB
+    assert "device memory" not in {check.name for check in on_device.checks}, "told once"
+    assert "51.2 ms per token promised on the processor" in outcome(on_device)[1]
+
+
+def test_a_gpus_budget_that_nobody_measured_is_not_met(manifest):
+    budget = manifest.plan.budget.model_copy(update={"vram_bytes": 1 << 30})
+    asked = manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"budget": budget})})
+    found = verdict(build_decoder_report(asked, None, None), "device memory")
+    assert not found.was_measured
+    assert not found.ok
+    assert "edgeflex bench --device cuda" in found.note
+
+
+def test_the_section_counts_what_it_draws_and_errs_by_resource():
+    record = sample_record(events=2000)
+    section = device_section(record)
+    assert section is not None
+    assert section.chart is not None
+    decoded = sum(one.decoding for one in record.sample)
+    shown = -(-decoded // 3) + 2000 - decoded
+    assert section.words == f"2,000 of 2,104 watched events, drawn by lot; {shown:,} of the 2,000 are shown."
+    wide = section.chart.index('<div class="narrow">')
+    assert section.chart[:wide].count("h0") == shown
+    assert [row[0] for row in section.errors] == [
+        "events while decoding", "GPU", "processor", "copies to the GPU", "events of prompts",
+    ]  # fmt: skip
+    assert section.errors[0][1] == f"{decoded:,}"
+    for row in section.waits:
+        shares = [float(text.removesuffix(" %")) for text in (row.work, row.waited, row.between)]
+        assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert device_section(None) is None
+
+
+def test_a_device_that_lacked_nothing_has_no_picture():
+    section = device_section(sample_record(events=0, sampled=0, errors={}, passes=0, pass_s=0.0))
+    assert section is not None
+    assert (section.chart, section.errors, section.waits) == (None, (), ())
+
+
+def on_gpu(manifest):
+    """The same manifest, planned for a GPU."""
+    sizes = {"dense_bytes": 500, "arena_bytes": 1800, "kv_bytes": 300, "activations_bytes": 100, "context_bytes": 400}
+    placement = GpuPlacement(
+        device="rtx-4090",
+        origin="measured",
+        profile=DeviceProfile(name="rtx-4090", title="A card", origin="measured"),
+        placement="cache",
+        policy="reuse",
+        rule="auto",
+        vram_cache_bytes=1800 * MIB,
+        ram_cache_bytes=3700 * MIB,
+        exclusive=False,
+        one_memory=False,
+        memory=GpuMemory(**{name: size * MIB for name, size in sizes.items()}),
+        upload_bytes=1e6,
+        ahead_bytes=0.0,
+        flash_bytes=0.0,
+        waited={"gpu": 0.2},
+        trials=(PlacementTrial(placement="cache", policy="reuse", exclusive=False, token_s=0.01),),
+        tried=12,
+        assumptions=(),
+    )
+    budget = manifest.plan.budget.model_copy(update={"vram_bytes": 4096 * MIB})
+    plan = manifest.plan.model_copy(update={"gpu": placement, "budget": budget})
+    return manifest.model_copy(update={"plan": plan})
+
+
+def test_a_gpus_memory_stands_beside_its_promise(manifest):
+    planned = on_gpu(manifest)
+    promised, measured = gpu_memory_bars(planned.plan, sample_record(peak_bytes=2900 * MIB))
+    assert promised.total == "3.03 GiB"
+    assert [size for _, _, size in measured.parts] == ["1.76 GiB", "1.07 GiB"]
+    assert gpu_memory_bars(manifest.plan, sample_record()) == ()
+    assert len(gpu_memory_bars(planned.plan, sample_record(peak_bytes=None))) == 1
+    bench = sample_bench(planned).model_copy(update={"device": sample_record()})
+    page = Page(to_decoder_html(build_decoder_report(planned, bench, None))).text
+    assert "GPU, measured: 3.89 GiB" in page
+    assert "51.2 ms per token promised, 47." in page, "the plan is for this GPU"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1e-7, 50.0), st.floats(1e-7, 50.0)), min_size=1, max_size=60),
+    st.sampled_from([340.0, 760.0]),
+)
+def test_clouds_stay_inside_their_picture(points, width):
+    drawn = clouds("t", [Cloud("event", "n", tuple(points))], width)
+    picture = ET.fromstring(drawn)
+    height = float(picture.attrib["height"])
+    paths = [one.attrib["d"] for one in picture.iter() if one.tag.endswith("path")]
+    places = [(float(x), float(y)) for path in paths for x, y in re.findall(r"M([\d.-]+) ([\d.-]+)h0", path)]
+    assert len(places) == len(points)
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in places)
+
+
+def test_a_point_on_the_line_is_as_predicted():
+    drawn = clouds("t", [Cloud("event", "n", ((1e-3, 1e-3), (1e-2, 1e-2), (1e-3, 1e-2)))], 760.0)
+    line = re.search(r'<line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)" class="reference"', drawn)
+    assert line is not None
+    x1, y1, x2, y2 = map(float, line.groups())
+    places = [(float(x), float(y)) for x, y in re.findall(r"M([\d.]+) ([\d.]+)h0", drawn)]
+    off = [abs((x - x1) / (x2 - x1) - (y - y1) / (y2 - y1)) for x, y in places]
+    assert sorted(value < 1e-3 for value in off) == [False, True, True]
 
 
 # --- charts -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from edgeflex.errors import InputError
 from edgeflex.runtimes.boards import ExpertShape, curves_of, simulate_device
 from edgeflex.runtimes.synthetic import Routing, synthetic_trace
-from edgeflex.schema import ComputeRate, DeviceProfile, Figure, Link, Precision, StorageRead, Tier, TierSpec
+from edgeflex.schema import ComputeRate, DeviceProfile, Figure, Link, Overlap, Precision, StorageRead, Tier, TierSpec
 from edgeflex.schema_moe import DeviceSimulation
 
 SHAPE = ExpertShape(size_bytes=4_500_000, macs=8_000_000)
@@ -50,6 +50,19 @@ def test_a_data_sheets_rate_is_not_reached_and_a_measured_one_is_within_its_spre
     gpu = [curves_of(printed, SHAPE, end=end).curves.gpu_s(1) for end in ("slow", "likely", "fast")]
     assert gpu == pytest.approx([12e-6 + 4.5e-6 / 0.6, 6e-6 + 4.5e-6 / 0.8, 3e-6 + 4.5e-6 / 0.95])
     assert curves_of(printed, SHAPE, end="slow").curves.cpu_s(1) == pytest.approx(16e-6 + 75e-6 * 1.25)
+
+
+def test_what_was_measured_side_by_side_goes_before_what_the_rates_let_expect():
+    overlap = Overlap(link_beside_cpu=figure(1.3, spread=0.1), cpu_beside_link=figure(1.1))
+    known = device(overlap=overlap)
+    curves = {end: curves_of(known, SHAPE, end=end).curves for end in ("slow", "likely", "fast")}
+    assert [one.link_beside_cpu for one in curves.values()] == pytest.approx([1.43, 1.3, 1.3 / 1.1])
+    assert [one.cpu_beside_link for one in curves.values()] == pytest.approx([1.155, 1.1, 1.1 / 1.05])
+    half = device(overlap=Overlap(link_beside_cpu=figure(1.01)))
+    assert curves_of(half, SHAPE, end="fast").curves.link_beside_cpu == 1.0
+    assert curves_of(half, SHAPE).curves.cpu_beside_link == pytest.approx(1.4), "by the rates, as before"
+    assert "overlap" not in device().canonical_json(), "profiles without it keep their digests"
+    assert DeviceProfile.parse(known.canonical_json(), "itself") == known
 
 
 def test_every_rate_that_is_missing_is_named_and_may_be_given():
