@@ -1008,7 +1008,8 @@ def _misuse(error: Exception) -> InputError:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
     where = "edgeflex" if context is None else context.command_path
-    return InputError(f"{text.rstrip('.')}. See `{where} --help`.")
+    said = text if text.endswith("?") else text.rstrip(".") + "."
+    return InputError(f"{said} See `{where} --help`.")
 
 
 def _run() -> int:

@@ -96,7 +96,7 @@ def refused(edgeflex: Command, line: tuple[str, ...], code: int, *parts: str) ->
 
 
 BAD_LINES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
-    ("no such command", ("plam",), ("No such command 'plam'", "edgeflex --help")),
+    ("no such command", ("plam",), ("No such command 'plam'. Did you mean 'plan'? See `edgeflex --help`.",)),
     ("no such option", ("plan", "--memori", "1MiB"), ("No such option", "--memori", "edgeflex plan --help")),
     ("missing argument", ("run", "--data", "in/images"), ("Missing argument", "edgeflex run --help")),
     ("missing option", ("fit-exits", "--model", "zoo:resnet20"), ("Missing option", "--data")),
