@@ -26,6 +26,7 @@ from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_weights import feed_forward, load_dense, restored
 from edgeflex.runtimes.engines import check_pass, not_finite
 from edgeflex.runtimes.native import Chosen, Missing, Times
+from edgeflex.runtimes.stage_engine import grouped_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -402,7 +403,7 @@ class DeviceEngine:
         if not np.isfinite(told).all():
             raise not_finite(layer)
         self._log.append(Chosen(layer, experts, np.ascontiguousarray(told)))
-        order, spans = _grouped_choices(experts)
+        order, spans = grouped_choices(experts)
         return _Waiting(
             layer,
             residual,
@@ -526,12 +527,3 @@ class DeviceEngine:
         if self._waiting is None:
             raise InputError("no event waits for experts. Mend the caller.")
         return self._waiting
-
-
-def _grouped_choices(experts: NDArray[np.int32]) -> tuple[NDArray[np.int64], dict[int, tuple[int, int]]]:
-    """Return the flat places of choices grouped by expert, and each expert's stretch of them, ascending."""
-    flat = experts.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    ids, starts = np.unique(flat[order], return_index=True)
-    ends = [*starts[1:].tolist(), flat.size]
-    return order, dict(zip(ids.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
