@@ -32,6 +32,7 @@ from edgeflex.schema import (
     Noun,
     Precision,
     Proof,
+    without_absent,
 )
 from edgeflex.schema_gpu import DeviceRecord, GpuPlacement
 
@@ -291,7 +292,7 @@ class DecoderBudget(Noun):
     @model_serializer(mode="wrap")
     def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
-        return _left_out(write(self), "vram_bytes")
+        return without_absent(write(self), "vram_bytes")
 
     @property
     def kl_limit(self) -> float | None:
@@ -300,12 +301,6 @@ class DecoderBudget(Noun):
         if self.max_perplexity_rise is not None:
             given.append(math.log1p(self.max_perplexity_rise))
         return min(given, default=None)
-
-
-def _left_out(written: dict[str, Any], name: str) -> dict[str, Any]:
-    if written.get(name) is None:
-        written.pop(name, None)
-    return written
 
 
 class DecoderMemory(Noun):
@@ -391,7 +386,7 @@ class DecoderPlan(Document):
     @model_serializer(mode="wrap")
     def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
-        return _left_out(write(self), "gpu")
+        return without_absent(write(self), "gpu")
 
 
 # --- bundle ------------------------------------------------------------------------------------------

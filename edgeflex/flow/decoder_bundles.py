@@ -300,17 +300,11 @@ class Place:
 
 
 def _settings(threads: int | None, on: Place | None) -> Settings:
-    """Return a run's settings.
-
-    Raises:
-        InputError: Bytes of a GPU's memory without a GPU.
-    """
+    """Return a run's settings."""
     from edgeflex.runtimes.decoder import Settings
     from edgeflex.units import parse_size_bytes
 
     place = on or Place()
-    if place.vram is not None and place.device is None:
-        raise InputError(f"--vram {place.vram} is of a GPU's memory. Name it with --device cuda, or leave it out.")
     return Settings(
         threads=threads,
         device=place.device,

@@ -442,6 +442,10 @@ class DecoderSession:
                 "reading experts early is for the processor, and a device was named: it copies ahead by itself; leave "
                 "--prefetch out"
             )
+        if self._settings.device is None and self._settings.vram_bytes is not None:
+            faults.append(
+                f"--vram {self._settings.vram_bytes} is of a GPU's memory. Name it with --device cuda, or leave it out"
+            )
         if faults:
             raise InputError.collect("the run's settings", faults)
         require_engine(self.folder, self.manifest)

@@ -87,12 +87,13 @@ def measure_rates(
         for rows_in in ROWS_IN
         for count in threads
     ]
+    walked = {precision: walked_bytes(graph, precision) for precision in precisions}
     seconds = dict.fromkeys(jobs, inf)
     with heard.task("Measuring matrices", _PASSES * len(jobs)) as advance:
         for job in _PASSES * jobs:
             (rows, columns), precision, rows_in, count = job
-            walked = walked_bytes(graph, precision)
-            took_s = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count, total_bytes=walked)
+            total_bytes = walked[precision]
+            took_s = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count, total_bytes=total_bytes)
             seconds[job] = min(seconds[job], took_s)
             advance(1)
     matrices = [
@@ -100,7 +101,7 @@ def measure_rates(
         for ((rows, columns), precision, rows_in, count), took_s in seconds.items()
     ]
     other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
-    record_bytes = expert_bytes(graph)
+    record_bytes = _expert_bytes(graph)
     rate, first_rate, latency_s = measure_reads(folder, record_bytes, clock)
     return DecoderRates(
         device=device,
@@ -121,7 +122,7 @@ def walked_bytes(graph: DecoderGraph, precision: Precision) -> int:
     return min(_MOST_WALKED_BYTES, int(whole * _WEIGHT_BYTES[precision]))
 
 
-def expert_bytes(graph: DecoderGraph) -> int:
+def _expert_bytes(graph: DecoderGraph) -> int:
     """Return the bytes that one int4 (or else int8) expert is read in."""
     inner = max(layer.expert_dim for layer in graph.layers)
     hidden = graph.hidden_dim

@@ -195,11 +195,11 @@ def test_reading_early_is_refused_beside_a_device(bundle):
         DecoderSession.from_bundle(bundle, Settings(device="cpu-torch", prefetch_depth=0))
 
 
-@pytest.mark.parametrize("command", ["bench", "verify"])
+@pytest.mark.parametrize("command", ["bench", "verify", "run"])
 def test_a_place_without_a_gpu_has_none_of_its_memory(bundle, tmp_path, command):
     text = tmp_path / "text.txt"
     text.write_text("abc " * 50)
-    more = ["--text", str(text)] if command == "bench" else []
+    more = {"bench": ["--text", str(text)], "verify": [], "run": ["-p", "a"]}[command]
     told = ran(command, str(bundle), *more, "--vram", "1GiB", "-o", str(tmp_path / "out.json"))
     assert isinstance(told.exception, InputError)
     assert "--device cuda" in str(told.exception)

@@ -380,6 +380,7 @@ def test_a_benchmark_on_a_device_is_recorded_told_and_drawn(here: Path, edgeflex
     assert "<h2>Device</h2>" in page
     assert "Who waited" in page
     refused(edgeflex, ("bench", "bundle", "--text", "in/text.txt", "--vram", "1GiB"), 2, "--device cuda")
+    refused(edgeflex, ("run", "bundle", "--prompt", "a", "--vram", "1GiB"), 2, "--device cuda")
 
 
 @pytest.mark.parametrize("cache", ["8KiB", "16KiB", "24KiB", "40KiB", "1MiB"])
