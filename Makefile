@@ -28,7 +28,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed-test
-	$(BIN)/pytest tests/unit tests/architecture tests/contracts
+	$(BIN)/pytest -n auto -m 'not slow' tests/unit tests/architecture
 
 test: check
 	$(BIN)/pytest

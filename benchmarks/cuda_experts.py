@@ -228,13 +228,13 @@ def run_device(options: argparse.Namespace) -> dict[str, object]:
         list(session.generate(prompt, options.tokens, forced(said)))
         stats, after = session.stats(), session.device_stats()
         trace, sizes, curves = session.trace(), session.store.sizes, session_curves(session)
-    moved = after.decoding.upload_bytes - before.decoding.upload_bytes
+    moved = after.decoding.upload_bytes - before.decoding.upload_bytes + after.divided_bytes - before.divided_bytes
     token_s = statistics.median(one.total_s for one in stats.times)
     kinds = dict.fromkeys(zip(*np.nonzero(sizes), strict=True), "int4-group32")
     bound_s = time_bound_s(
         trace,
         curves,
-        after.vram_bytes,
+        after.vram_bytes + after.staged_bytes,
         after.ram_bytes,
         sizes=sizes,
         kind_of=lambda layer, expert: kinds[layer, expert],

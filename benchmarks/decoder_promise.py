@@ -53,7 +53,7 @@ def yardstick(calibration: Path):
             time_matrix(one.precision, one.rows, one.columns, rows_in=1, threads=1, total_bytes=walked)
             for _ in range(3)
         ]
-        return float(np.median(now)) / one.seconds
+        return float(np.median(now)) / (one.seconds / rates.in_token)
 
     return slower
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--work", type=Path, help="where bundles lie, on the disk that was calibrated")
     parser.add_argument("--exported", type=Path, help="a bundle of the decoder that need not be exported again")
+    parser.add_argument("--follow-text", action="store_true", help="answers are the text's; for random weights")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
@@ -121,7 +122,12 @@ def main() -> None:
         for attempt in range(_ATTEMPTS):
             before = slower()
             result = flow.bench_decoder(
-                bundle, arguments.text, prompts=3, max_tokens=arguments.max_tokens, repeats=arguments.repeats
+                bundle,
+                arguments.text,
+                prompts=3,
+                max_tokens=arguments.max_tokens,
+                repeats=arguments.repeats,
+                follow_text=arguments.follow_text,
             )
             after = slower()
             speed = (before + after) / 2

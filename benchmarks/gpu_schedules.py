@@ -15,10 +15,10 @@ Seconds are of whole decoded tokens: experts and the dense part of every layer.
     static    the most popular experts in VRAM, the rest on the CPU (KTransformers)
 
 ``x best`` is the time of the best of these four over ours, cell by cell, so that ours must beat a rival that knows
-which rule suits the cell. ``whole`` is the same of ours where no expert is divided between CPU and GPU (see
-``division``), which is what ``cuda_experts`` does today. ``bound`` is the time that no cache and no scheduler can beat
-on these curves (Belady's bytes, all resources always busy); its share of ours is 100 % where nothing is left to gain,
-and ``most possible x`` is the best rival over it.
+which rule suits the cell. Ours divides one missing expert of an event between CPU and GPU, as ``cuda_experts`` does
+(see ``division``); ``whole`` is the same of ours where none is. ``bound`` is the time that no cache and no scheduler
+can beat on these curves (Belady's bytes, all resources always busy); its share of ours is 100 % where nothing is left
+to gain, and ``most possible x`` is the best rival over it.
 
 Without ``--seed`` the synthetic traces are those that our rules were written beside, and the recorded ones were looked
 at too; ``--seed`` draws other synthetic ones, and leaves the recorded out. Those are read from the folder that
@@ -53,6 +53,7 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 INT4_BYTES = 4_500_000
 BITS_INT4 = 4.5
 PART_S = 8e-6  # what a second launch costs where an expert is divided
+SLICES = 11  # in which experts lie; those of the decoders that these traces are like lie in 11 to 16
 
 
 class Board(NamedTuple):
@@ -97,7 +98,7 @@ def machine_of(board: Board, expert_bytes: int, bits: float) -> Machine:
         cpu_beside_link=board.cpu_beside_link,
         link_beside_cpu=board.link_beside_cpu,
     )
-    return Machine(curves, Curve(((1, board.dense_s), (64, 2 * board.dense_s))), part_s=PART_S)
+    return Machine(curves, Curve(((1, board.dense_s), (64, 2 * board.dense_s))), part_s=PART_S, slices=SLICES)
 
 
 class Case(NamedTuple):

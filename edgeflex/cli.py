@@ -36,25 +36,41 @@ _REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 # Some versions of typer carry click's classes under their own roof; this finds the one that they raise.
 _ParserError: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
+_ABOUT = (
+    "Fit a trained network to a device: within a budget of memory, time and accuracy, with the promises checked.\n\n"
+    "First: edgeflex quickstart walks the whole way on two small models. Your own image classifier: profile, "
+    "fit-exits, calibrate, plan, export, then run, bench, verify and report. Your own mixture-of-experts decoder: the "
+    "same without profile and fit-exits."
+)
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 bad input, 3 budget cannot be met or check failed, "
     "4 backend cannot express it, 5 missing dependency, 6 bundle damaged, 7 device failed, 130 interrupted."
 )
 app = typer.Typer(
     name="edgeflex",
-    help=f"Dynamic models under memory and latency budgets, with proof.\n\n{_EXIT_CODES}",
+    help=f"{_ABOUT}\n\n{_EXIT_CODES}",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-devices_app = typer.Typer(help="Shipped device profiles.", invoke_without_command=True, rich_markup_mode=None)
+devices_app = typer.Typer(
+    help="Profiles of devices that come with edgeflex.",
+    short_help="Show shipped device profiles",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
 app.add_typer(devices_app, name="devices")
-trace_app = typer.Typer(help="Routing traces of mixture-of-experts decoders.", rich_markup_mode=None)
+trace_app = typer.Typer(
+    help="Routing traces of mixture-of-experts decoders.",
+    short_help="Record and replay experts' routing",
+    rich_markup_mode=None,
+)
 app.add_typer(trace_app, name="trace")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+BundleFolder = Annotated[Path, typer.Argument(help="The folder that export wrote.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
 PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; those of the plan if absent.")]
 Data = Annotated[Path, typer.Option("--data", help="Images: a folder or zip of class/NAME.(jpg|png).")]
@@ -65,12 +81,16 @@ ModelName = Annotated[str, typer.Option("--model", "-m", help="zoo:NAME or packa
 InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a side, for models not from the zoo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 OnDevice = Annotated[
-    str | None, typer.Option("--device", "-d", help="Decoder: cuda computes on a GPU, through PyTorch.")
+    str | None,
+    typer.Option("--device", "-d", metavar="DEVICE", help="Decoder: cuda computes on a GPU, through PyTorch."),
 ]
-OnVram = Annotated[str | None, typer.Option("--vram", help="Decoder: most bytes of the GPU's memory.")]
-OnCache = Annotated[str | None, typer.Option("--cache", help="Decoder: bytes of experts, if not the plan's.")]
+OnVram = Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Decoder: most bytes of the GPU's memory.")]
+OnCache = Annotated[
+    str | None, typer.Option("--cache", metavar="SIZE", help="Decoder: bytes of experts, if not the plan's.")
+]
 Runtime = Annotated[
-    str | None, typer.Option("--runtime", help="What runs it, if not its target's own, e.g. onnxruntime.")
+    str | None,
+    typer.Option("--runtime", metavar="RUNTIME", help="What runs it, if not its target's own, e.g. onnxruntime."),
 ]
 
 
@@ -121,7 +141,7 @@ def _root(
         _say(context.get_help())
 
 
-@app.command()
+@app.command(short_help="Measure this machine")
 def profile(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path("device.json"),
@@ -165,12 +185,16 @@ def devices(context: typer.Context, *, as_json: Json = False) -> None:
     if as_json:
         _print_json({"devices": [load(name).model_dump(mode="json") for name in names()]})
         return
-    _say(terminal.table_text("", ("name", "device"), [(name, load(name).title) for name in names()]))
+    _say(terminal.table_text("", ("name", "device"), [(name, load(name).title) for name in names()], words=("device",)))
     _say("\nEvery figure with its source: edgeflex devices show NAME")
 
 
-@devices_app.command("show")
-def devices_show(name: str, *, as_json: Json = False) -> None:
+@devices_app.command("show", short_help="Show one profile with its sources")
+def devices_show(
+    name: Annotated[str, typer.Argument(help="Of a shipped profile, or a device.json.")],
+    *,
+    as_json: Json = False,
+) -> None:
     """Show one profile, a shipped NAME or a device.json, with the source of every figure."""
     from edgeflex.profiles import load
 
@@ -181,7 +205,7 @@ def devices_show(name: str, *, as_json: Json = False) -> None:
     _say(terminal.device_text(device))
 
 
-@app.command()
+@app.command(short_help="Show a model's layers and stages")
 def inspect(
     model: Annotated[
         str, typer.Argument(help="zoo:NAME, package.module:factory, a fitted model, or a Hugging Face folder.")
@@ -213,7 +237,7 @@ def inspect(
     _say(terminal.graph_text(graph, found))
 
 
-@app.command("fit-exits")
+@app.command("fit-exits", short_help="Attach and train early exits")
 def fit_exits(
     *,
     model: ModelName,
@@ -263,16 +287,22 @@ def fit_exits(
     _say(f"\nWrote {output}. Next: edgeflex calibrate --model {output} --data IMAGES")
 
 
-@app.command()
+@app.command(short_help="Measure what each precision costs")
 def calibrate(
     *,
     model: Annotated[Path, typer.Option("--model", "-m", help="What fit-exits wrote, or a Hugging Face folder.")],
     data: Annotated[Path | None, typer.Option("--data", help="Images, for a model of images.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text, for a decoder.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Of the text, for a decoder.")] = 4096,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="Profile: name or device.json.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Decoder: tokens of the text to use.")] = 4096,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "-d", metavar="DEVICE", help="Profile: name or device.json; else a quick look here."),
+    ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="What images' models are exported for: executorch, onnx or tensorrt.")
+        str,
+        typer.Option(
+            "--target", metavar="TARGET", help="What images' models are exported for: executorch, onnx or tensorrt."
+        ),
     ] = "executorch",
     threads: Threads = 1,
     mixes: Annotated[int, typer.Option("--mixes", min=0, help="Mixes of precisions to run for real.")] = 8,
@@ -296,6 +326,8 @@ def calibrate(
         if not as_json:
             _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2GiB --latency 60ms/token")
         return
+    if not model.is_dir():
+        raise InputError(f"--model {str(model)!r} is no folder. Give what fit-exits wrote, or a Hugging Face folder.")
     if data is None or text is not None:
         raise InputError(
             f"{str(model)!r} holds no config.json, so it is no decoder but a model of images: give --data IMAGES, and "
@@ -333,38 +365,64 @@ def _up_to(threads: int) -> tuple[int, ...]:
     return (1,) if threads == 1 else (1, threads)
 
 
-@app.command()
+@app.command(short_help="Decide under budgets, with proof")
 def plan(
     calibration: Annotated[Path | None, typer.Argument(help="The folder that calibrate wrote.")] = None,
     *,
-    memory: Annotated[str | None, typer.Option("--memory", help="Most bytes the model may add, e.g. 2MiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Most bytes that the model adds, e.g. 2MiB; decoder: whole process."
+        ),
+    ] = None,
     latency: Annotated[
-        list[str] | None, typer.Option("--latency", help="For instance 8ms:p95 (mean, p50, p95, p99, worst).")
+        list[str] | None,
+        typer.Option(
+            "--latency",
+            metavar="TIME",
+            help="Most time: 8ms or 8ms:p95 (mean, p50, p95, p99, worst); decoder: 60ms/token.",
+        ),
     ] = None,
     vram: Annotated[
-        str | None, typer.Option("--vram", help="Decoder: most bytes of a GPU's memory, e.g. 6GiB; plans for --device.")
+        str | None,
+        typer.Option(
+            "--vram", metavar="SIZE", help="Decoder: most bytes of a GPU's memory, e.g. 6GiB; plans for --device."
+        ),
     ] = None,
     link: Annotated[
-        str | None, typer.Option("--link", help="With --vram: bytes per second to the GPU, if not the profile's.")
+        str | None,
+        typer.Option("--link", metavar="RATE", help="With --vram: bytes per second to the GPU, if not the profile's."),
     ] = None,
     ram_rate: Annotated[
-        str | None, typer.Option("--ram-rate", help="With --vram: bytes of RAM per second, if not the profile's.")
+        str | None,
+        typer.Option("--ram-rate", metavar="RATE", help="With --vram: bytes of RAM per second, if not the profile's."),
     ] = None,
-    max_drop: Annotated[str | None, typer.Option("--max-drop", help="Most accuracy to lose, e.g. 1%.")] = None,
-    confidence: Annotated[str, typer.Option("--confidence", help="Of the accuracy promise.")] = "95%",
-    disk: Annotated[str | None, typer.Option("--disk", help="Most bytes of the program file.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option("--max-drop", metavar="SHARE", help="Most accuracy to lose, e.g. 1%.")
+    ] = None,
+    confidence: Annotated[
+        str, typer.Option("--confidence", metavar="SHARE", help="How sure the accuracy promise must be.")
+    ] = "95%",
+    disk: Annotated[str | None, typer.Option("--disk", metavar="SIZE", help="Most bytes of the program file.")] = None,
     minimize: Annotated[
         str | None,
-        typer.Option("--minimize", help="latency[:statistic], memory or drop (kl); else what has no budget."),
+        typer.Option(
+            "--minimize",
+            metavar="WHAT",
+            help="What to make least: latency[:STATISTIC], memory or drop (decoder: kl).",
+        ),
     ] = None,
     first_token: Annotated[
-        str | None, typer.Option("--first-token", help="Decoder: most time to the first token, e.g. 2s.")
+        str | None,
+        typer.Option("--first-token", metavar="TIME", help="Decoder: most time to the first token, e.g. 2s."),
     ] = None,
     max_kl: Annotated[
-        str | None, typer.Option("--max-kl", help="Decoder: most divergence from fp32, nats per token, e.g. 0.05.")
+        str | None,
+        typer.Option("--max-kl", metavar="NATS", help="Decoder: most divergence from fp32, nats per token, e.g. 0.05."),
     ] = None,
     max_perplexity: Annotated[
-        str | None, typer.Option("--max-perplexity", help="Decoder: most rise of perplexity over fp32, e.g. 2%.")
+        str | None,
+        typer.Option("--max-perplexity", metavar="SHARE", help="Decoder: most rise of perplexity over fp32, e.g. 2%."),
     ] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", min=1, help="Decoder: prompt of --first-token; 256, or what fits.")
@@ -376,10 +434,14 @@ def plan(
     dry_run: Annotated[
         str | None, typer.Option("--dry-run", metavar="MODEL", help="Decoder: what fits, from its headers alone.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="Plan for another profile.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", metavar="DEVICE", help="Plan for another profile.")
+    ] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Solve a saved cost table instead.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Print the Pareto curve.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the curve to a .svg or .png.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curve to a .svg or .png.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
@@ -474,15 +536,15 @@ def _on_gpu(calibration: Path, budget: Any, gpu: dict[str, str | None]) -> Any:
     """Plan for the named machine with a GPU, or for this one's GPU, which is then measured."""
     from edgeflex import flow
     from edgeflex.profiles import load
-    from edgeflex.units import parse_size_bytes
+    from edgeflex.units import option_value, parse_rate_bytes_per_s
 
     device, link, ram_rate = gpu["--device"], gpu["--link"], gpu["--ram-rate"]
     return flow.plan_decoder_on_gpu(
         calibration,
         budget,
         None if device is None else load(device),
-        link_bytes_per_s=None if link is None else parse_size_bytes(link),
-        ram_bytes_per_s=None if ram_rate is None else parse_size_bytes(ram_rate),
+        link_bytes_per_s=option_value("--link", link, parse_rate_bytes_per_s),
+        ram_bytes_per_s=option_value("--ram-rate", ram_rate, parse_rate_bytes_per_s),
     )
 
 
@@ -511,15 +573,20 @@ def _curve(curve: Curve, plot: Path | None, *, as_json: bool) -> None:
         _say(f"\nWrote {plot}")
 
 
-@app.command()
+@app.command(short_help="Write the program of a plan, and check it")
 def export(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.json.")],
     *,
     model: Annotated[Path, typer.Option("--model", "-m", help="What was calibrated: a folder.")],
     calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
-    device: Annotated[str | None, typer.Option("--device", "-d", help="The profile planned for, if another.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", metavar="DEVICE", help="The profile planned for, if another.")
+    ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="executorch, onnx or tensorrt; the plan's own if absent.")
+        str | None,
+        typer.Option(
+            "--target", "-t", metavar="TARGET", help="executorch, onnx or tensorrt; the plan's own if absent."
+        ),
     ] = None,
     stock: Annotated[
         bool, typer.Option("--stock/--no-stock", help="Decoder: also write what a stock ExecuTorch loads.")
@@ -569,7 +636,7 @@ def export(
         return
     rows = [(one.path, one.role, format_bytes(one.size_bytes), one.sha256[:16]) for one in bundle.manifest.files]
     title = f"{len(bundle.manifest.layer_precisions)} layers held as planned"
-    _say(terminal.table_text(title, ("file", "role", "size", "sha256"), rows))
+    _say(terminal.table_text(title, ("file", "role", "size", "sha256"), rows, words=("role", "sha256")))
     if bundle.manifest.settings:
         _say(f"\n{terminal.settings_text(bundle.manifest)}")
     following = f"on the device: edgeflex build {output}" if bundle.manifest.backend == "tensorrt" else ""
@@ -580,12 +647,12 @@ def _first_prompt(bundle: Path) -> str:
     return f'edgeflex run {bundle} --prompt "Once upon a time"'
 
 
-@app.command()
+@app.command(short_help="Build TensorRT engines on the device")
 def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle that was exported for tensorrt.")],
     *,
     workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Most scratch memory while building, e.g. 1GiB.")
+        str | None, typer.Option("--workspace", metavar="SIZE", help="Most scratch memory while building, e.g. 1GiB.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
     as_json: Json = False,
@@ -593,24 +660,23 @@ def build(
 ) -> None:
     """Build TensorRT engines on this device; what was built stays, so a killed run goes on where it stopped."""
     from edgeflex import flow
-    from edgeflex.units import format_bytes, parse_size_bytes
+    from edgeflex.units import option_value, parse_size_bytes
 
     index = flow.build(
         bundle,
-        workspace_bytes=None if workspace is None else parse_size_bytes(workspace),
+        workspace_bytes=option_value("--workspace", workspace, parse_size_bytes),
         force=force,
         progress=_progress(quiet=quiet),
     )
     if as_json:
         _print_json(index)
         return
-    rows = [(one.file, format_bytes(one.size_bytes), f"{one.build_s:.1f} s") for one in index.engines]
-    _say(terminal.table_text(f"TensorRT {index.key.tensorrt}, {index.key.gpu}", ("engine", "size", "built in"), rows))
+    _say(terminal.engines_text(index))
     following = _first_prompt(bundle) if flow.is_decoder_bundle(bundle) else f"edgeflex bench {bundle} --data IMAGES"
     _say(f"\nNext: {following}")
 
 
-@app.command()
+@app.command(short_help="Say what is installed and what is missing")
 def doctor(*, as_json: Json = False) -> None:
     """Say what is installed, what is missing with the command that mends it, and which targets run here."""
     from edgeflex import flow
@@ -621,9 +687,9 @@ def doctor(*, as_json: Json = False) -> None:
         raise typer.Exit(found.exit_code)
 
 
-@app.command()
+@app.command(short_help="Answer images, or a prompt")
 def run(
-    bundle: Path,
+    bundle: BundleFolder,
     *,
     data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Decoder: text to go on from.")] = None,
@@ -635,7 +701,9 @@ def run(
     top_p: Annotated[float | None, typer.Option("--top-p", help="Decoder: draw among this share.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Decoder: end before this text.")] = None,
     cache: OnCache = None,
-    policy: Annotated[str | None, typer.Option("--policy", help="Decoder: of the cache, if not the plan's.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="NAME", help="Decoder: of the cache, if not the plan's.")
+    ] = None,
     prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
     device: OnDevice = None,
     vram: OnVram = None,
@@ -664,9 +732,10 @@ def run(
             temperature=temperature, top_k=top_k, top_p=top_p, stops=tuple(stop or ()), seed=seed, cache=cache,
             policy=policy, prefetch=prefetch, threads=threads, device=device, vram=vram,
         )  # fmt: skip
-        _converse(
-            conversation.Talk(bundle, asked, progress=_progress(quiet=quiet)), output, quiet=quiet, as_json=as_json
-        )
+        typed = sys.stdin.isatty() and not (quiet or as_json)
+        ask = terminal.ask if typed else None
+        talk = conversation.Talk(bundle, asked, ask=ask, progress=_progress(quiet=quiet))
+        _converse(talk, output, quiet=quiet, as_json=as_json)
         return
     spoken = {
         "--prompt": prompt, "--prompt-file": prompt_file, "--interactive": interactive or None,
@@ -700,22 +769,29 @@ def _converse(talk: Any, output: Path, *, quiet: bool, as_json: bool) -> None:
     """Print answers as they are made; with ``--json`` the statistics alone."""
     from edgeflex.files import write_atomic
 
+    interrupted = False
     with talk:
-        for pieces in talk.answers():
-            for piece in pieces:
+        try:
+            for pieces in talk.answers():
+                for piece in pieces:
+                    if not as_json:
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
                 if not as_json:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-            if not as_json:
-                _say()
+                    _say()
+        except KeyboardInterrupt:  # between two answers; within one it only ends that one
+            if not talk.said:
+                raise
+            interrupted = True
         stats = talk.stats()
     write_atomic(output, stats.canonical_json())
     if as_json:
         _print_json({**stats.model_dump(mode="json"), "text": talk.said})
     elif not quiet:
         terminal.tell(f"\n{_decoder_text('generation_text')(stats)}\nWrote {output}")
-    if stats.stopped_by == "interrupt":
-        raise typer.Exit(_INTERRUPTED)
+    if interrupted or stats.stopped_by == "interrupt":
+        terminal.tell(f"edgeflex: interrupted; the figures of the last answer are in {output}")
+        raise SystemExit(_INTERRUPTED)  # not typer's, after which nobody knows what is left to be said
 
 
 def _refuse_place(bundle: Path, *given: str | None) -> None:
@@ -732,15 +808,18 @@ def _end_with(*, kept: bool) -> None:
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(short_help="Measure latency and memory")
 def bench(
-    bundle: Path,
+    bundle: BundleFolder,
     *,
     data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Decoder: UTF-8 text that prompts are taken from.")
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Decoder: tokens of an answer.")] = 64,
+    follow_text: Annotated[
+        bool, typer.Option("--follow-text", help="Decoder: answer as the text goes on, as the plan's replay does.")
+    ] = False,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
     device: OnDevice = None,
@@ -756,15 +835,18 @@ def bench(
     from edgeflex.files import write_atomic
 
     result: Any
-    if flow.is_decoder_bundle(bundle):
+    decoder = flow.is_decoder_bundle(bundle)
+    if decoder:
         if text is None or data is not None:
             raise InputError(f"{str(bundle)!r} is a decoder's bundle: give --text FILE, and no --data.")
         result = flow.bench_decoder(
-            bundle, text, max_tokens=max_tokens, repeats=repeats, threads=threads,
+            bundle, text, max_tokens=max_tokens, repeats=repeats, follow_text=follow_text, threads=threads,
             on=flow.Place(device, vram, cache), progress=_progress(quiet=quiet),
         )  # fmt: skip
     elif data is None or text is not None:
         raise _for_exits(bundle, "give --data IMAGES, and no --text")
+    elif follow_text:
+        raise _for_exits(bundle, "leave out --follow-text")
     else:
         _refuse_place(bundle, device, vram, cache)
         result = flow.bench(
@@ -775,16 +857,16 @@ def bench(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
-        if flow.is_decoder_bundle(bundle) and result.device is not None:
+        if decoder and result.device is not None:
             _say(f"\n{_decoder_text('device_record_text')(result.device)}")
         _say(f"\nWrote {output}")
     budgets = [check for check in result.checks if check.limit is not None and check.was_measured]
     _end_with(kept=all(check.ok for check in budgets))
 
 
-@app.command()
+@app.command(short_help="Check accuracy, answers and files")
 def verify(
-    bundle: Path,
+    bundle: BundleFolder,
     *,
     data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
@@ -831,13 +913,13 @@ def verify(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
-        _say(f"\n{result.images} images, {result.skipped_seen} left out because they chose something\nWrote {output}")
+        _say(f"\n{terminal.sample_text(result)}\nWrote {output}")
     _end_with(kept=all(check.ok for check in result.checks))
 
 
-@app.command()
+@app.command(short_help="Write promise against measurement")
 def report(
-    bundle: Path,
+    bundle: BundleFolder,
     *,
     bench_file: Annotated[Path | None, typer.Option("--bench", help="bench.json of this bundle.")] = None,
     verify_file: Annotated[Path | None, typer.Option("--verify", help="verify.json of this bundle.")] = None,
@@ -876,7 +958,7 @@ def report(
     _say(f"\nWrote {output}")
 
 
-@trace_app.command("record")
+@trace_app.command("record", short_help="Write which experts an answer uses")
 def trace_record(
     bundle: Annotated[Path, typer.Argument(help="A decoder's bundle.")],
     *,
@@ -901,61 +983,85 @@ def trace_record(
     _say(f"{tokens} answered tokens\n\nWrote {output}. Next: edgeflex trace simulate {output} --cache 1GiB")
 
 
-@trace_app.command("simulate")
+@trace_app.command("simulate", short_help="Replay a trace through the cache")
 def trace_simulate(
     trace: Annotated[Path, typer.Argument(help="A recorded trace: trace.csv of a calibration, or a public one.")],
     *,
     cache: Annotated[
         str | None,
-        typer.Option("--cache", help="Bytes of the cache, for instance 1000MiB,3000MiB; with --device of RAM."),
+        typer.Option(
+            "--cache", metavar="SIZE", help="Bytes of the cache, for instance 1000MiB,3000MiB; with --device of RAM."
+        ),
     ] = None,
-    policy: Annotated[str, typer.Option("--policy", help="Comma-separated, for instance lru,enu,belady.")] = "enu,lru",
+    policy: Annotated[
+        str, typer.Option("--policy", metavar="NAME", help="Comma-separated, for instance lru,enu,belady.")
+    ] = "enu,lru",
     device: Annotated[
-        str | None, typer.Option("--device", "-d", help="A machine with a GPU that is not at hand: in virtual time.")
+        str | None,
+        typer.Option(
+            "--device", "-d", metavar="DEVICE", help="A machine with a GPU that is not at hand: in virtual time."
+        ),
     ] = None,
-    vram: Annotated[str | None, typer.Option("--vram", help="With --device: bytes of experts on the GPU.")] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", metavar="SIZE", help="With --device: bytes of experts on the GPU.")
+    ] = None,
     ram_rate: Annotated[
-        str | None, typer.Option("--ram-rate", help="With --device: bytes of RAM per second, if not in the profile.")
+        str | None,
+        typer.Option(
+            "--ram-rate", metavar="RATE", help="With --device: bytes of RAM per second, if not in the profile."
+        ),
     ] = None,
     link: Annotated[
-        str | None, typer.Option("--link", help="Bytes per second that misses are read at, e.g. 1GB: predicts time.")
+        str | None,
+        typer.Option(
+            "--link", metavar="RATE", help="Bytes per second that misses are read at, e.g. 1GB: predicts time."
+        ),
     ] = None,
     compute: Annotated[
-        str | None, typer.Option("--compute", help="Time of a token with every expert in memory, e.g. 20ms.")
+        str | None,
+        typer.Option("--compute", metavar="TIME", help="Time of a token with every expert in memory, e.g. 20ms."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="Expert bytes of this precision, where the trace has them.")
+        str | None,
+        typer.Option("--precision", metavar="NAME", help="Expert bytes of this precision, where the trace has them."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rates to a .svg or .png.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw hit rates to a .svg or .png.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a routing trace through the runtime's own expert cache: hits and bytes for each size and policy."""
     from edgeflex import flow
-    from edgeflex.units import parse_size_bytes, parse_time_s
+    from edgeflex.units import option_value, parse_rate_bytes_per_s, parse_size_bytes, parse_time_s
 
+    rate = option_value("--link", link, parse_rate_bytes_per_s)
     if device is not None:
-        if vram is None or compute is not None or plot is not None:
+        vram_bytes = option_value("--vram", vram, parse_size_bytes)
+        if vram_bytes is None or compute is not None or plot is not None:
             raise InputError("--device needs --vram, for instance 8GiB, and takes neither --compute nor --plot.")
         simulated = flow.simulate_device(
             trace,
             _device(device),
-            vram_bytes=parse_size_bytes(vram),
-            ram_bytes=None if cache is None else parse_size_bytes(cache),
+            vram_bytes=vram_bytes,
+            ram_bytes=option_value("--cache", cache, parse_size_bytes),
             precision=precision,
-            link_bytes_per_s=None if link is None else parse_size_bytes(link),
-            ram_bytes_per_s=None if ram_rate is None else parse_size_bytes(ram_rate),
+            link_bytes_per_s=rate,
+            ram_bytes_per_s=option_value("--ram-rate", ram_rate, parse_rate_bytes_per_s),
         )
         _result(simulated, _decoder_text("device_simulation_text"), as_json=as_json)
         return
-    if cache is None or vram is not None:
-        raise InputError("give --cache, for instance 1000MiB,3000MiB; or --device NAME and --vram for a GPU.")
+    caches = option_value("--cache", cache, lambda text: [parse_size_bytes(part) for part in text.split(",")])
+    if caches is None or vram is not None or ram_rate is not None:
+        raise InputError(
+            "a replay needs --cache, for instance 1000MiB,3000MiB; --vram and --ram-rate are for --device NAME, a GPU."
+        )
     replays = flow.simulate_trace(
         trace,
-        [parse_size_bytes(part) for part in cache.split(",")],
+        caches,
         [part.strip() for part in policy.split(",")],
         precision=precision,
-        link_bytes_per_s=None if link is None else parse_size_bytes(link),
-        compute_s=None if compute is None else parse_time_s(compute),
+        link_bytes_per_s=rate,
+        compute_s=option_value("--compute", compute, parse_time_s),
     )
     if plot is not None:
         from edgeflex.reports.decoder_charts import save_hit_rates
@@ -966,7 +1072,7 @@ def trace_simulate(
         _say(f"\nWrote {plot}")
 
 
-@app.command()
+@app.command(short_help="Walk the whole way on two small models")
 def quickstart(
     *,
     folder: Annotated[Path, typer.Option("--output", "-o", help="Where everything goes.")] = Path(
@@ -999,7 +1105,9 @@ def _fail(error: EdgeflexError) -> int:
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": str(error), **error.details()}
         _print_json(document)
-    sys.stderr.write(f"edgeflex: {error}\n")
+    text = f"edgeflex: {error}"
+    # a terminal would break lines inside words; whoever reads a pipe wants them whole
+    sys.stderr.write(f"{terminal.prose(*text.splitlines()) if sys.stderr.isatty() else text}\n")
     return error.exit_code
 
 

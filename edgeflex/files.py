@@ -88,6 +88,24 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise explain_os_error(error, path) from None
 
 
+def read_text(path: Path, what: str) -> str:
+    """Return the text of ``path``.
+
+    Raises:
+        InputError: ``read_bytes`` refuses it, or it is not UTF-8.
+    """
+    raw = read_bytes(path, what)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(path), f"byte {error.start}") from None
+
+
+def not_utf8(source: str, place: str) -> InputError:
+    """Return the error of text that is none: ``place`` says where in ``source``."""
+    return InputError(f"{source}: {place} is not UTF-8 text. Convert it (iconv -t UTF-8) and try again.")
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()

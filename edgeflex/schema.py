@@ -47,6 +47,10 @@ def without_absent(written: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in written.items() if value is not None or key not in names}
 
 
+_FAULTS = {"missing": "is missing", "extra_forbidden": "is no field of it"}
+_MOST_FAULTS = 6  # named; a file of another kind has dozens
+
+
 class Document(Noun):
     """A noun that is written to a file of its own."""
 
@@ -63,10 +67,15 @@ class Document(Noun):
             return cls.model_validate_json(text)
         except ValidationError as error:
             faults = [
-                f"{'.'.join(str(part) for part in fault['loc']) or 'file'}: {fault['msg']}"
+                f"{'.'.join(str(part) for part in fault['loc']) or 'file'}: {_FAULTS.get(fault['type'], fault['msg'])}"
                 for fault in error.errors(include_url=False, include_input=False)
             ]
-            raise InputError.collect(f"{source} is not a valid {cls.__name__}", faults) from None
+            what = f"{source} is not a valid {cls.__name__}"
+            if len(faults) <= _MOST_FAULTS:
+                raise InputError.collect(what, faults) from None
+            listed = "".join(f"\n  - {fault}" for fault in faults[:_MOST_FAULTS])
+            more = f"\n  - and {len(faults) - _MOST_FAULTS} more: it seems to be a file of another kind"
+            raise InputError(f"{what}: {len(faults)} faults{listed}{more}") from None
 
 
 class Tier(str, Enum):
@@ -75,6 +84,11 @@ class Tier(str, Enum):
     DEVICE = "device"
     HOST = "host"
     FLASH = "flash"
+
+    @property
+    def budget_name(self) -> str:
+        """What people call a limit of bytes here, after the options that set it: ``memory``, ``vram`` or ``flash``."""
+        return {Tier.HOST: "memory", Tier.DEVICE: "vram"}.get(self, self.value)
 
 
 class LayerKind(str, Enum):

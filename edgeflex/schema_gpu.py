@@ -11,22 +11,23 @@ from edgeflex.schema import DeviceProfile, Noun
 PolicyName = str
 
 
-class GpuMemory(Noun):
-    """Bytes of a GPU's memory, by what they are for. Their sum is what is promised.
+class HeldBytes(Noun):
+    """Bytes by what they are for, and nothing else. Their sum is what is promised."""
 
-    ``context_bytes`` is what the driver and its libraries keep for themselves.
-    """
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return sum(int(getattr(self, name)) for name in type(self).model_fields)
+
+
+class GpuMemory(HeldBytes):
+    """Bytes of a GPU's memory; ``context_bytes`` is what the driver and its libraries keep for themselves."""
 
     dense_bytes: int
     arena_bytes: int
     kv_bytes: int
     activations_bytes: int
     context_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum."""
-        return self.dense_bytes + self.arena_bytes + self.kv_bytes + self.activations_bytes + self.context_bytes
 
 
 PlacementName = Literal["resident", "static", "cpu", "cache"]

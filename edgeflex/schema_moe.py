@@ -34,7 +34,7 @@ from edgeflex.schema import (
     Proof,
     without_absent,
 )
-from edgeflex.schema_gpu import DeviceRecord, GpuPlacement
+from edgeflex.schema_gpu import DeviceRecord, GpuPlacement, HeldBytes
 
 # What decoder kernels run here: fp32, int8 per output channel and int4 per group of 32, activations in 8 bits
 # quantised per row while running.
@@ -212,6 +212,8 @@ class DecoderRates(Document):
     ``read_bytes_per_s`` is the store's rate with as many reads in flight as the runtime keeps, and
     ``first_read_bytes_per_s`` the same where each expert's hash is checked, as at its first use.
     ``other_token_s`` is what a decoded token costs beside matrices (attention, norms, routing, the loop).
+    ``in_token`` is how many times longer matrices of one row take within a token than by themselves; their seconds
+    hold it already.
     """
 
     device: str
@@ -222,6 +224,7 @@ class DecoderRates(Document):
     memory_bytes_per_s: float
     other_token_s: float
     other_prefill_token_s: float
+    in_token: float = 1.0
     runtime_bytes: int
 
 
@@ -303,19 +306,14 @@ class DecoderBudget(Noun):
         return min(given, default=None)
 
 
-class DecoderMemory(Noun):
-    """Bytes that a run holds, by what they are for. Their sum is what is promised."""
+class DecoderMemory(HeldBytes):
+    """Bytes that a run's process holds."""
 
     dense_bytes: int
     cache_bytes: int
     kv_bytes: int
     activations_bytes: int
     runtime_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum."""
-        return self.dense_bytes + self.cache_bytes + self.kv_bytes + self.activations_bytes + self.runtime_bytes
 
 
 class DecoderPrediction(Noun):
@@ -512,6 +510,10 @@ class DecoderRunStats(Document):
     before: Conditions
     after: Conditions
     expert_uses: tuple[tuple[int, ...], ...] = Field(default=(), description="[layers][experts] uses")
+    decode_events: int = Field(default=0, description="events of decoding: a layer of a decoded token, or a part of it")
+    expert_residency: tuple[tuple[int, ...], ...] = Field(
+        default=(), description="[layers][experts] events of decoding at whose end the cache held it"
+    )
     held_bytes: tuple[int, ...] = Field(default=(), description="[tokens] bytes of the process after each token")
     stopped_by: Literal["end", "length", "stop", "context", "interrupt"] = "length"
 

@@ -154,6 +154,17 @@ class SegmentRecipe(Noun):
         return self
 
 
+class RefitRecipe(SegmentRecipe):
+    """A second engine of the experts of another segment: their weights are constants that are put in before each run.
+
+    ``weights`` are those constants by the names of the other engine's inputs; ``data`` is the expert that the engine
+    is built with.
+    """
+
+    rival_of: PlainName
+    weights: tuple[TensorSpec, ...]
+
+
 def _check_range(segment: str, profile: str, spec: TensorSpec, bounds: ShapeRange) -> None:
     fixed = [index for index, axis in enumerate(spec.shape) if isinstance(axis, int)]
     for shape in (bounds.least, bounds.best, bounds.most):
@@ -183,10 +194,11 @@ class BuildRecipe(Document):
 
     ``versions`` are the TensorRT versions, of those that are checked, whose importer takes every graph;
     ``least_version`` is the first of them. ``cuda_graph`` says that all shapes are fixed, so that a run may be
-    recorded once and replayed.
+    recorded once and replayed. ``refits`` are engines to be tried against ``segments``; nothing needs them.
     """
 
     segments: tuple[SegmentRecipe, ...] = Field(min_length=1)
+    refits: tuple[RefitRecipe, ...] = ()
     least_version: Version
     versions: tuple[Version, ...]
     needs: tuple[Need, ...] = ()
@@ -200,8 +212,9 @@ class BuildRecipe(Document):
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every file that engines are built from, by path."""
-        found = {segment.onnx: segment.onnx_sha256 for segment in self.segments}
-        for segment in self.segments:
+        built = (*self.segments, *self.refits)
+        found = {segment.onnx: segment.onnx_sha256 for segment in built}
+        for segment in built:
             if segment.data is not None and segment.data_sha256 is not None:
                 found[segment.data] = segment.data_sha256
         return found
@@ -256,8 +269,27 @@ class BuiltEngine(Noun):
     build_s: float
 
 
+class ExpertWay(Noun):
+    """How the experts of one segment get their weights on this device, and the figures that decided it.
+
+    ``inputs``: by the address of the expert's slot. ``refit``: put into a second engine before each run. The seconds
+    are those of an expert that was not there: its way to the device, if it needs one, and one token's computing, with
+    the refit in its case; None where it was not measured, as ``reason`` says.
+    """
+
+    segment: PlainName
+    way: Literal["inputs", "refit"]
+    inputs_s: float | None = None
+    refit_s: float | None = None
+    reason: str = ""
+
+
 class EngineIndex(Document):
-    """What a device built from a recipe, with the key that says where it may run."""
+    """What a device built from a recipe, with the key that says where it may run, and how experts get their weights.
+
+    Segments of experts that ``experts`` does not name take them as inputs.
+    """
 
     key: PortabilityKey
     engines: tuple[BuiltEngine, ...]
+    experts: tuple[ExpertWay, ...] = ()

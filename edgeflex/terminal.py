@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,8 +36,13 @@ if TYPE_CHECKING:
         Plan,
         Proof,
         Solution,
+        VerifyResult,
     )
+    from edgeflex.schema_trt import EngineIndex, ExpertWay
 
+_MANY_LAYERS = 24  # more are counted, not listed
+_SHORT_CELL = 14  # a number with its unit: never broken
+_LONG_WORD = 22  # longer ones, as names of layers, may be broken
 # The terminal's standard error while native libraries write to a log instead.
 _people: ContextVar[TextIO | None] = ContextVar("_people", default=None)
 
@@ -79,15 +86,29 @@ def tell(text: str) -> None:
     people.flush()
 
 
-def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Container[str] = ()) -> str:
-    """Return a table as wide as the terminal allows; cells fold rather than be cut.
+def ask() -> None:
+    """Show that a line is waited for."""
+    people = _people.get() or sys.stderr
+    people.write("> ")
+    people.flush()
 
-    The first column and those named in ``words`` hold words and stand left, the others numbers.
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Container[str] = ()) -> str:
+    """Return a table as wide as the terminal allows; cells fold between words rather than be cut.
+
+    The first column and those named in ``words`` hold words and stand left, the others numbers. Where the terminal is
+    too narrow for a row to stand on a line without breaking numbers, every row becomes a list of its figures.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    left = [index == 0 or column in words for index, column in enumerate(columns)]
+    if rows and _least_width(columns, rows, left) > console.width:
+        return _listed(title, columns, rows, console.width)
+    natural = [max(map(len, (column, *(row[index] for row in rows)))) for index, column in enumerate(columns)]
+    wide = sum(natural) + 2 * (len(columns) - 1) > console.width
     shown = Table(
         title=Text(title) if title else None,
         title_justify="left",
@@ -97,23 +118,66 @@ def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         pad_edge=False,
     )
     for index, column in enumerate(columns):
-        left = index == 0 or column in words
-        shown.add_column(Text(column), justify="left" if left else "right", overflow="fold")
+        whole = not left[index] and all(len(row[index]) <= _SHORT_CELL for row in rows)
+        # what is never wrapped is as wide as its head, so that a head of several words goes over several lines
+        room = max(len(text) for text in (*column.split(), *(row[index] for row in rows), "-"))
+        head = textwrap.fill(column, room, break_on_hyphens=False) if whole and wide else column
+        shown.add_column(Text(head), justify="left" if left[index] else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    console = Console()
     with console.capture() as capture:
         console.print(shown)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[bool]) -> int:
+    """Return how wide a table must be for no number and no usual word to be broken."""
+    needs = []
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        numbers = [len(cell) for cell in cells if not left[index] and len(cell) <= _SHORT_CELL]
+        parts = [len(part) for text in (column, *cells) for part in text.split()]
+        needs.append(max([*numbers, *(min(part, _LONG_WORD) for part in parts)], default=0))
+    return sum(needs) + 2 * (len(columns) - 1)
+
+
+def _listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """Return rows one below the other, each as its name and a line for every other figure."""
+    room = min(max((len(column) for column in columns[1:]), default=0), width // 2)
+    lines = [title] if title else []
+    for row in rows:
+        lines.append(f"{columns[0]} {row[0]}")
+        lines += [f"  {column:<{room}}  {cell}" for column, cell in zip(columns[1:], row[1:], strict=True)]
+    wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(wrap.fill(line).rstrip() for line in lines)
+
+
+def prose(*lines: str) -> str:
+    """Return lines folded to the width of the terminal, whole words on each; a continued line is indented."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(_folded(line, width) for line in lines)
+
+
+def _folded(line: str, width: int) -> str:
+    if not line.strip():
+        return ""
+    inner = len(line) - len(line.lstrip()) + 2
+    return textwrap.fill(line, width, subsequent_indent=" " * inner, break_on_hyphens=False, break_long_words=False)
+
+
 def device_text(device: DeviceProfile) -> str:
-    """Return every figure of a profile with its source."""
-    table = table_text("", ("figure", "value", "spread", "source"), _figure_rows(device))
-    lines = [f"{device.title}  ({device.name}, {device.origin})", table]
-    if device.kernels:
-        lines.append(f"{len(device.kernels)} kernel times")
-    return "\n".join([*lines, *(f"note: {note}" for note in device.notes)])
+    """Return every figure of a profile with the number of its source, and the sources."""
+    head = prose(f"{device.title} ({device.name}, {device.origin})")
+    figures = _figure_rows(device)
+    numbers = {source: f"[{index}]" for index, source in enumerate(dict.fromkeys(row[-1] for row in figures), start=1)}
+    rows = [(*row[:-1], numbers[row[-1]]) for row in figures]
+    spread = any(row[2] for row in rows)
+    columns = ("figure", "value", *(("spread",) if spread else ()), "source")
+    table = table_text("", columns, rows if spread else [(one, value, source) for one, value, _, source in rows])
+    sources = [prose(f"{number} {source}") for source, number in numbers.items()]
+    kernels = [f"{len(device.kernels)} kernel times"] if device.kernels else []
+    notes = [prose(f"note: {one}") for one in device.notes]
+    return "\n".join([head, table, *kernels, "", *sources, *([""] if notes else []), *notes])
 
 
 def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
@@ -124,13 +188,14 @@ def _figure_rows(device: DeviceProfile) -> list[tuple[str, str, str, str]]:
         rows.append((what, shown, spread, figure.source))
 
     for tier in device.tiers:
+        name = tier.tier.budget_name
         if tier.capacity_bytes:
-            add(f"{tier.tier.value} memory", tier.capacity_bytes, format_bytes(tier.capacity_bytes.value))
+            add(name, tier.capacity_bytes, format_bytes(tier.capacity_bytes.value))
         if tier.read_bytes_per_s:
-            add(f"{tier.tier.value} read", tier.read_bytes_per_s, f"{tier.read_bytes_per_s.value / 1e9:.1f} GB/s")
+            add(f"{name} read", tier.read_bytes_per_s, f"{tier.read_bytes_per_s.value / 1e9:.1f} GB/s")
         if tier.read_one_thread_bytes_per_s:
             one = tier.read_one_thread_bytes_per_s
-            add(f"{tier.tier.value} read, 1 thread", one, f"{one.value / 1e9:.1f} GB/s")
+            add(f"{name} read, 1 thread", one, f"{one.value / 1e9:.1f} GB/s")
     for rate in device.compute:
         sparse = ", sparse" if rate.sparse else ""
         add(f"{rate.engine} {rate.precision}{sparse}", rate.ops_per_s, f"{rate.ops_per_s.value / 1e12:.1f} Tops/s")
@@ -153,8 +218,13 @@ def doctor_text(found: Doctor) -> str:
     lines = [table_text("", columns, rows, words=columns)]
     mends = [one for one in found.findings if one.remedy and one.state != "ok"]
     if mends:
-        lines += ["", "To mend:", *(f"  {one.name} (for {one.needed_by}): {one.remedy}" for one in mends)]
+        lines += ["", "To mend:", prose(*(f"  {one.name} (for {one.needed_by}): {one.remedy}" for one in mends))]
     return "\n".join(lines)
+
+
+def counted(number: int, one: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
 def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:
@@ -162,7 +232,8 @@ def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:
     weights_bytes = 4 * sum(layer.shape.weight_count for layer in graph.layers)
     macs = sum(layer.shape.macs for layer in graph.layers)
     head = (
-        f"{graph.name}: {len(graph.layers)} layers, {graph.segment_count} segments, {len(graph.exits)} exits, "
+        f"{graph.name}: {counted(len(graph.layers), 'layer')}, {counted(graph.segment_count, 'segment')}, "
+        f"{counted(len(graph.exits), 'exit')}, "
         f"{format_bytes(weights_bytes)} of fp32 weights, {macs / 1e6:.1f} M multiply-accumulates"
     )
     if found:
@@ -172,8 +243,8 @@ def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:
         layers = [
             (one.name, one.shape.kind.value, str(one.segment), f"{one.shape.macs / 1e6:.2f} M") for one in graph.layers
         ]
-        table = table_text("Layers", ("layer", "kind", "segment", "MACs"), layers)
-    return f"{head}\n{table}"
+        table = table_text("Layers", ("layer", "kind", "segment", "MACs"), layers, words=("kind",))
+    return f"{prose(head)}\n{table}"
 
 
 def fit_text(report: Any) -> str:
@@ -201,7 +272,7 @@ def mixes_text(found: Candidates) -> str:
         for one in found.candidates
     ]
     title = "Measured mixes, on the images kept for choosing"
-    return table_text(title, ("mix", "accuracy", "policies", "precisions"), rows)
+    return table_text(title, ("mix", "accuracy", "policies", "precisions"), rows, words=("precisions",))
 
 
 def _precision_counts(choices: Sequence[Choice]) -> str:
@@ -212,16 +283,25 @@ def _precision_counts(choices: Sequence[Choice]) -> str:
 
 
 def _proof_line(proof: Proof) -> str:
+    objective, bound = (_fine(proof, value) for value in (proof.objective, proof.bound))
     return (
-        f"Proof: {proof.status}, objective {proof.objective:.6g}, bound {proof.bound:.6g}, gap {proof.gap * 100:.3g} % "
+        f"Proof: {proof.status}, {proof.minimize} {objective}, bound {bound}, gap {proof.gap * 100:.3g} % "
         f"({proof.solver}, {proof.scenarios_solved} of {proof.scenarios} scenarios solved, {proof.wall_s:.2f} s)"
     )
 
 
+def _fine(proof: Proof, value: float) -> str:
+    """Return a value with the digits that tell an objective from its bound."""
+    if proof.minimize == "memory":
+        return f"{value:,.0f} bytes"
+    return f"{value * 1e3:.5g} ms" if proof.minimize == "latency" else f"{value * 100:.4g} %"
+
+
 def solution_text(solution: Solution) -> str:
     """Return a solved table's choices and proof."""
-    table = table_text("Choices", ("decision", "option"), [(one.subject, one.option) for one in solution.choices])
-    return f"{table}\nScenario {solution.scenario}\n{_proof_line(solution.proof)}"
+    rows = [(one.subject, one.option) for one in solution.choices]
+    table = table_text("Choices", ("decision", "option"), rows, words=("option",))
+    return f"{table}\n{prose(f'Scenario {solution.scenario}, counted from 0', _proof_line(solution.proof))}"
 
 
 def curve_text(curve: Curve) -> str:
@@ -236,10 +316,18 @@ def curve_text(curve: Curve) -> str:
 
 def plan_text(made: Plan) -> str:
     """Return what a plan promises, its exits and precisions, its proof and its accuracy promise."""
+    head = f"{made.name} on {made.backend}"
+    precisions = [(one.subject, one.option) for one in made.choices]
+    if len(precisions) > _MANY_LAYERS:
+        listed = prose(
+            f"Precisions: {_precision_counts(made.choices)}; layer by layer with --json or in the plan's file."
+        )
+    else:
+        listed = table_text("Precisions", ("layer", "precision"), precisions, words=("precision",))
     parts = [
-        table_text(f"{made.name} on {made.backend}", ("promise", "value", "range"), _promise_rows(made)),
+        table_text(head, ("promise", "value", "range or parts"), _promise_rows(made), words=("range or parts",)),
         table_text("Exits", ("exit", "threshold", "leave here"), _exit_rows(made)),
-        table_text("Precisions", ("layer", "precision"), [(one.subject, one.option) for one in made.choices]),
+        listed,
     ]
     lines = [_proof_line(made.proof)]
     certificate = made.certificate
@@ -250,7 +338,7 @@ def plan_text(made: Plan) -> str:
             f"images that chose nothing (seen there: {format_share(certificate.drop)})"
         )
     lines += [f"note: {note}" for note in made.notes]
-    return "\n\n".join([*parts, "\n".join(lines)])
+    return "\n\n".join([*parts, prose(*lines)])
 
 
 def _promise_rows(made: Plan) -> list[tuple[str, str, str]]:
@@ -282,16 +370,18 @@ def settings_text(manifest: BundleManifest) -> str:
     """Return in what settings the runtime executes a program, and what they change in its answers."""
     moved, images = manifest.settings_difference, manifest.settings_images
     if moved is None:
-        return f"Settings of the runtime: {manifest.settings}."
+        return prose(f"Settings of the runtime: {manifest.settings}.")
     count = "" if images is None else f" of {images} images"
-    return (
+    return prose(
         f"Settings of the runtime: {manifest.settings}, chosen by measurement; no probability{count} differs from "
         f"plain execution by more than {moved:.2g}."
     )
 
 
 def _threshold(threshold: float | None) -> str:
-    return "never" if threshold is None else f"{threshold:.4f}"
+    if threshold is None:
+        return "never"
+    return f"{threshold:.4f}" if threshold > 0.0 else "always"
 
 
 def run_text(stats: Any) -> str:
@@ -312,6 +402,21 @@ def run_text(stats: Any) -> str:
     return table_text("", ("figure", "value"), rows)
 
 
+def engines_text(index: EngineIndex) -> str:
+    """Return the engines that were built, and how experts get their weights where there was a choice."""
+    rows = [(one.file, format_bytes(one.size_bytes), f"{one.build_s:.1f} s") for one in index.engines]
+    title = f"TensorRT {index.key.tensorrt}, {index.key.gpu}"
+    return "\n".join([table_text(title, ("engine", "size", "built in"), rows), *map(_way_line, index.experts)])
+
+
+def _way_line(one: ExpertWay) -> str:
+    chosen = {"inputs": "taken as inputs", "refit": "put into the engine before each run"}[one.way]
+    figures = ""
+    if one.inputs_s is not None and one.refit_s is not None:
+        figures = f" ({format_time(one.inputs_s)} as inputs, {format_time(one.refit_s)} by refit)"
+    return prose(f"{one.segment}: weights are {chosen}{figures}; {one.reason}")
+
+
 _CHECK_COLUMNS = ("promise", "limit", "promised", "measured", "verdict")
 
 
@@ -319,14 +424,33 @@ def checks_text(checks: Sequence[Check]) -> str:
     """Return each promise beside its measurement."""
     from edgeflex.reports.summary import row
 
-    return table_text("", _CHECK_COLUMNS, [row(check, budget=check.limit is not None) for check in checks])
+    return table_text(
+        "", _CHECK_COLUMNS, [row(check, budget=check.limit is not None) for check in checks], words=("verdict",)
+    )
+
+
+def sample_text(result: VerifyResult) -> str:
+    """Return how many images were judged, and how far their number leaves the drop open."""
+    left_out = (
+        f"{result.skipped_seen:,} left out because they chose something" if result.skipped_seen else "none left out"
+    )
+    lines = [f"{result.images:,} images, {left_out}."]
+    for check in result.checks:
+        if check.name == "accuracy drop" and check.low is not None and check.high is not None:
+            span = f"{format_share(check.low)} to {format_share(check.high)}"
+            lines.append(
+                f"So many images place the drop within {span}; it is broken only if all of that is above the limit."
+            )
+    return prose(*lines)
 
 
 def report_text(built: Any) -> str:
     """Return a report's table of promises."""
     from edgeflex.reports import summary_rows
 
-    return table_text("", _CHECK_COLUMNS, summary_rows(built))
+    if not summary_rows(built):
+        return "No budget was set, and nothing was measured: see edgeflex bench and edgeflex verify."
+    return table_text("", _CHECK_COLUMNS, summary_rows(built), words=("verdict",))
 
 
 @contextmanager

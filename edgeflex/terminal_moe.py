@@ -6,14 +6,12 @@ Functions named ``…_text`` return text without a final line break, no line wid
 from __future__ import annotations
 
 import math
-import shutil
-import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS
-from edgeflex.terminal import table_text
+from edgeflex.terminal import counted, prose, table_text
 from edgeflex.units import format_bytes, format_share, format_time
 
 if TYPE_CHECKING:
@@ -54,20 +52,8 @@ _PROGRAMS = {
 }
 
 
-def _prose(*lines: str) -> str:
-    """Return lines folded to the width of the terminal; a continued line is indented."""
-    width = max(shutil.get_terminal_size().columns, 20)
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) if line else "" for line in lines
-    )
-
-
 def _blocks(*blocks: str) -> str:
     return "\n\n".join(block for block in blocks if block)
-
-
-def _count(number: int, one: str) -> str:
-    return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
 def _millions(count: float) -> str:
@@ -103,7 +89,7 @@ def decoder_graph_text(graph: DecoderGraph) -> str:
     return _blocks(
         table_text(graph.name, ("figure", "value"), rows),
         table_text("Bytes with everything in one precision", ("precision", "dense part", "experts", "T"), bytes_rows),
-        _prose(_T),
+        prose(_T),
     )
 
 
@@ -159,13 +145,13 @@ def decoder_sizes_text(sizes: DecoderSizes) -> str:
     ]
     asked = "No memory budget was given." if limit is None else f"Memory budget: {format_bytes(limit)}."
     return _blocks(
-        _prose(
+        prose(
             f"{sizes.graph.name} ({sizes.graph.family}), from its headers; nothing was measured.",
             f"{asked} Whatever the precision, keys and values, buffers, norms and routers take "
-            f"{format_bytes(sizes.fixed_bytes)}.",
+            f"{format_bytes(sizes.fixed_bytes)}. What the process itself holds comes on top; calibrate measures it.",
         ),
         table_text("Everything in one precision", ("precision", "experts", "together", "T", "verdict"), rows),
-        _prose(_T),
+        prose(_T),
     )
 
 
@@ -174,7 +160,7 @@ def decoder_sizes_text(sizes: DecoderSizes) -> str:
 
 def decoder_calibration_text(calibration: DecoderCalibration) -> str:
     """Return what calibration found: loss, what each precision costs, and the units that cost most."""
-    head = _prose(
+    head = prose(
         f"{calibration.graph.name} on {calibration.tokens:,} tokens: fp32 loss {calibration.reference_loss:.3f} nats "
         f"per token (perplexity {math.exp(calibration.reference_loss):.2f})."
     )
@@ -219,7 +205,7 @@ def _is_expert(unit: str) -> bool:
 
 def _least_seen(losses: Iterable[UnitLoss]) -> str:
     seen = [one.tokens for one in losses if _is_expert(one.unit)]
-    return _prose(f"Every expert was judged by at least {_count(min(seen), 'token')}.") if seen else ""
+    return prose(f"Every expert was judged by at least {counted(min(seen), 'token')}.") if seen else ""
 
 
 # --- plan --------------------------------------------------------------------------------------------
@@ -230,12 +216,12 @@ def decoder_plan_text(plan: DecoderPlan) -> str:
     if plan.gpu is not None:
         return _gpu_plan_text(plan, plan.gpu)
     return _blocks(
-        _prose(_FINDINGS[plan.verdict], *(f"- {reason}" for reason in plan.reasons)),
+        prose(_FINDINGS[plan.verdict], *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
         table_text("Memory", ("part", "bytes", "share"), _memory_rows(plan)),
         table_text("Experts and time", ("figure", "value"), list(_expert_rows(plan))),
         _precision_table(plan),
-        _prose(_proof_text(plan.proof)),
+        prose(_proof_text(plan.proof)),
     )
 
 
@@ -247,7 +233,7 @@ def _budget_rows(plan: DecoderPlan) -> Iterator[tuple[str, str, str, str]]:
     if gpu is not None and budget.vram_bytes:
         left = (budget.vram_bytes - gpu.memory.total_bytes) / budget.vram_bytes
         promised = format_bytes(gpu.memory.total_bytes)
-        yield "GPU memory", format_bytes(budget.vram_bytes), promised, f"{format_share(left, 1)} left"
+        yield "vram", format_bytes(budget.vram_bytes), promised, f"{format_share(left, 1)} left"
     for name, limit, value, show in (
         ("memory", budget.memory_bytes, held, format_bytes),
         ("time per token", budget.token_s, said.token_s.value, format_time),
@@ -282,7 +268,7 @@ def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
     yield "cache", f"{format_bytes(plan.cache_bytes)}{cycles}"
     yield "T, the experts of one token", format_bytes(plan.cycle_bytes)
     yield "policy", plan.policy
-    yield "prefetch", _count(plan.prefetch_depth, "layer") + " ahead" if plan.prefetch_depth else "off"
+    yield "prefetch", counted(plan.prefetch_depth, "layer") + " ahead" if plan.prefetch_depth else "off"
     yield "hit rate", format_share(said.hit_rate, 1)
     yield "best possible (Belady)", ABSENT if said.belady_hit_rate is None else format_share(said.belady_hit_rate, 1)
     yield "read per token", format_bytes(said.bytes_per_token)
@@ -293,8 +279,8 @@ def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
         reached = f" ({format_share(said.bound_token_s / said.token_s.value, 0)} reached)" if said.token_s.value else ""
         yield "bound without prefetch", f"{format_time(said.bound_token_s)}{reached}"
     yield "threads", str(plan.threads)
-    yield "context", _count(plan.context_tokens, "token")
-    yield "prompt read in chunks of", _count(plan.prefill_chunk_tokens, "token")
+    yield "context", counted(plan.context_tokens, "token")
+    yield "prompt read in chunks of", counted(plan.prefill_chunk_tokens, "token")
 
 
 def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
@@ -316,14 +302,14 @@ def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
     host = "The process, in the same memory" if gpu.one_memory else "Memory of the process"
     tried = [(f"{one.placement} ({one.policy})", format_time(one.token_s), _rate(one.token_s)) for one in gpu.trials]
     return _blocks(
-        _prose(finding, *(f"- {reason}" for reason in plan.reasons)),
+        prose(finding, *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
         table_text(f"Memory of the GPU ({gpu.device})", ("part", "bytes", "share"), rows),
         table_text(host, ("part", "bytes", "share"), process),
         table_text(f"Experts and time, {where}", ("figure", "value"), list(_placement_rows(plan, gpu))),
         table_text("Placements tried with these memories", ("placement", "time per token", "decoding"), tried),
         _precision_table(plan),
-        _prose(_proof_text(plan.proof), *(f"assumed: {one}" for one in gpu.assumptions)),
+        prose(_proof_text(plan.proof), *(f"assumed: {one}" for one in gpu.assumptions)),
     )
 
 
@@ -354,8 +340,8 @@ def _placement_rows(plan: DecoderPlan, gpu: GpuPlacement) -> Iterator[tuple[str,
     if gpu.crossing is not None:
         yield "a fixed list is as quick from", f"{format_share(gpu.crossing, 0)} of the experts on the GPU"
     yield "threads", str(plan.threads)
-    yield "context", _count(plan.context_tokens, "token")
-    yield "prompt read in chunks of", _count(plan.prefill_chunk_tokens, "token")
+    yield "context", counted(plan.context_tokens, "token")
+    yield "prompt read in chunks of", counted(plan.prefill_chunk_tokens, "token")
 
 
 def _precision_table(plan: DecoderPlan) -> str:
@@ -429,7 +415,7 @@ def decoder_bundle_text(manifest: DecoderManifest) -> str:
     table = table_text(manifest.graph.name, ("figure", "value"), rows)
     if manifest.backend == "executorch":
         return table
-    return f"{table}\n{_prose(_ELSEWHERE)}"
+    return f"{table}\n{prose(_ELSEWHERE)}"
 
 
 # --- run and simulation ------------------------------------------------------------------------------
@@ -442,7 +428,7 @@ def generation_text(stats: DecoderRunStats, plan: DecoderPlan | None = None) -> 
     mean_s = total_s / len(stats.times) if stats.times else 0.0
     held = stats.peak_memory_bytes + stats.runtime_memory_bytes
     rows = [
-        ("answer", _count(len(stats.tokens), "token"), ""),
+        ("answer", counted(len(stats.tokens), "token"), ""),
         ("ended by", stats.stopped_by, ""),
         ("decoding", _rate(mean_s), "" if said is None else _rate(said.token_s.value)),
         (
@@ -453,8 +439,8 @@ def generation_text(stats: DecoderRunStats, plan: DecoderPlan | None = None) -> 
         *_split_rows(stats, total_s),
         (
             "prompt",
-            _count(stats.prompt_tokens, "token"),
-            "" if plan is None else _count(plan.budget.prompt_tokens, "token"),
+            counted(stats.prompt_tokens, "token"),
+            "" if plan is None else counted(plan.budget.prompt_tokens, "token"),
         ),
         (
             "first token",
@@ -516,7 +502,7 @@ def decoder_report_text(report: DecoderReportDocument) -> str:
     rows = [row(check, budget=True) for check in report.verdicts]
     rows += [row(check, budget=False) for check in report.checks]
     return _blocks(
-        _prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
+        prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
     )
 
 
@@ -564,7 +550,7 @@ def device_simulation_text(found: DeviceSimulation) -> str:
         f"{found.device}, {format_bytes(found.vram_bytes)} of VRAM for experts, in virtual time: nothing was measured"
     )
     table = table_text(title, ("figure", "value"), rows)
-    return "\n".join([table, *(f"note: {one}" for one in found.assumptions)])
+    return "\n".join([table, *(prose(f"note: {one}") for one in found.assumptions)])
 
 
 def simulation_text(simulation: Simulation) -> str:

@@ -6,10 +6,17 @@ Times carry their unit (``8ms``); a bare number is refused, since it could be ei
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
+from typing import TYPE_CHECKING, TypeVar
 
 from edgeflex.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Parsed = TypeVar("Parsed")
 
 _SIZE = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -51,6 +58,27 @@ def parse_size_bytes(text: str) -> int:
         msg = f"size {text!r} is more than {_MOST_BYTES} bytes, which nothing can hold. Write it as {examples}."
         raise InputError(msg)
     return size_bytes
+
+
+def parse_rate_bytes_per_s(text: str) -> int:
+    """Return the bytes per second that ``text`` means: ``25GB/s`` and ``25GB`` are the same.
+
+    Raises:
+        InputError: ``text`` is not a positive size with a known unit.
+    """
+    return parse_size_bytes(text.strip().removesuffix("/s"))
+
+
+def option_value(option: str, text: str | None, parse: Callable[[str], Parsed]) -> Parsed | None:
+    """Return what the text after an option of the command line means; None where it was not given.
+
+    Raises:
+        InputError: It means nothing; the message begins with the option.
+    """
+    try:
+        return None if text is None else parse(text)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def parse_time_s(text: str) -> float:
@@ -106,23 +134,66 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size:.2f} TiB"
 
 
-def format_time(seconds: float) -> str:
-    """Return a short time.
+def format_exact_bytes(size_bytes: float) -> str:
+    """Return a binary size that loses nothing: short where that is exact, else with its bytes beside it.
+
+    >>> format_exact_bytes(102400), format_exact_bytes(113616)
+    ('100 KiB', '110.95 KiB (113616 bytes)')
+    """
+    shown = format_bytes(size_bytes)
+    number, unit = shown.split()
+    if unit == "B":
+        return shown
+    short = f"{number.rstrip('0').rstrip('.')} {unit}"
+    exact = Fraction(number) * _SIZE[unit.lower()] == round(size_bytes)
+    return short if exact else f"{shown} ({round(size_bytes)} bytes)"
+
+
+def format_time(seconds: float, *, up: bool = False) -> str:
+    """Return a short time; with ``up`` no less than ``seconds``, so that it can be given back as a limit.
 
     >>> format_time(0.0004), format_time(0.0125), format_time(2.0)
     ('400.0 us', '12.50 ms', '2.00 s')
+    >>> format_time(0.012541), format_time(0.012541, up=True)
+    ('12.54 ms', '12.55 ms')
     """
     if abs(seconds) < 1e-3:
-        return f"{seconds * 1e6:.1f} us"
+        return f"{_digits(seconds * 1e6, 1, up=up)} us"
     if abs(seconds) < 1.0:
-        return f"{seconds * 1e3:.2f} ms"
-    return f"{seconds:.2f} s"
+        return f"{_digits(seconds * 1e3, 2, up=up)} ms"
+    return f"{_digits(seconds, 2, up=up)} s"
 
 
-def format_share(share: float, digits: int = 2) -> str:
-    """Return a share as per cent.
+def format_share(share: float, digits: int = 2, *, up: bool = False) -> str:
+    """Return a share as per cent; with ``up`` no less than ``share``.
 
     >>> format_share(0.0125)
     '1.25 %'
     """
-    return f"{share * 100:.{digits}f} %"
+    return f"{_digits(share * 100, digits, up=up)} %"
+
+
+def format_growth(old: float, new: float) -> str:
+    """Return how much more ``new`` is than ``old``, above zero.
+
+    >>> format_growth(100, 110.4), format_growth(1, 441)
+    ('+10.4 %', '441 times as much')
+    """
+    return f"+{(new / old - 1) * 100:.1f} %" if new < 10 * old else f"{new / old:,.0f} times as much"
+
+
+def format_nats(nats: float, *, up: bool = False) -> str:
+    """Return a divergence with four significant digits; with ``up`` no less than ``nats``.
+
+    >>> format_nats(0.0123412), format_nats(0.0123412, up=True)
+    ('0.01234', '0.01235')
+    """
+    if not up or not 0.0 < nats < math.inf:
+        return f"{nats:.4g}"
+    step = Fraction(10) ** (math.floor(math.log10(nats)) - 3)
+    return f"{float(math.ceil(nats / float(step) - 1e-7) * step):.4g}"
+
+
+def _digits(value: float, digits: int, *, up: bool) -> str:
+    # A sum of floats a hair above 357 must not become 357.1; limits are kept with more slack than that.
+    return f"{math.ceil(value * 10**digits - 1e-7) / 10**digits if up else value:.{digits}f}"

@@ -188,6 +188,7 @@ def sample_stats(manifest: DecoderManifest, *, tokens: int = 128, seed: int = 0,
     uses = [[_uses(draw) for _ in range(layer.routing.experts)] if layer.routing else [0] * 64 for layer in layers]
     misses = [round(0.2 * sum(row) * draw.uniform(0.6, 1.5)) for row in uses]
     hits = [sum(row) - missed for row, missed in zip(uses, misses, strict=True)]
+    events = max(0, tokens - 1) * sum(1 for layer in layers if layer.routing)
     cache = DecoderCacheStats(
         policy="enu",
         capacity_bytes=manifest.plan.cache_bytes,
@@ -218,12 +219,19 @@ def sample_stats(manifest: DecoderManifest, *, tokens: int = 128, seed: int = 0,
         "before": Conditions(load_average=0.3, clock_hz=2.9e9),
         "after": Conditions(load_average=1.1, clock_hz=2.9e9),
         "expert_uses": tuple(map(tuple, uses)),
+        "decode_events": events,
+        "expert_residency": tuple(tuple(_resident(draw, count, events) for count in row) for row in uses),
     }
     return DecoderRunStats(**{**values, **changes})
 
 
 def _uses(draw: random.Random) -> int:
     return int(140 * draw.random() ** 5)
+
+
+def _resident(draw: random.Random, uses: int, events: int) -> int:
+    """Return the events that an expert was resident for; the busier, the more."""
+    return round(events * min(1.0, uses / 60 * draw.uniform(0.7, 1.3)))
 
 
 def _time(draw: random.Random, index: int) -> TokenTime:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from tests.fake_cuda import FakeCuda
 
@@ -177,6 +177,13 @@ class _Network(Known):
         super().__init__(trt)
         self._typed = bool(flags & 1 << members_of("NetworkDefinitionCreationFlag", trt.__version__)["STRONGLY_TYPED"])
         self._onnx: Path | None = None
+        self._refittable: list[str] = []
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        self._called("mark_weights_refittable", name)
+        known = self._onnx is not None and name in _constants(self._onnx)
+        self._refittable += [name] if known else []
+        return known and not self._fails("mark")
 
 
 class _Fault(Known):
@@ -248,7 +255,8 @@ class _Builder(Known):
             return None
         if config._cache is not None:
             config._cache._data += network._onnx.stem.encode()
-        return _Memory(self._trt.plan(network._onnx, [one._shapes for one in config._profiles]))
+        refittable = network._refittable if "REFIT_INDIVIDUAL" in config._flags else []
+        return _Memory(self._trt.plan(network._onnx, [one._shapes for one in config._profiles], refittable))
 
     def _monitored(self, config: _Config) -> bool:
         """Tell the monitor of two nested phases, as TensorRT does; False where it cancels."""
@@ -276,9 +284,12 @@ class _Context(Known):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._profile = 0
         self._scratch: tuple[int, int] | None = (0, 0) if own_memory else None
+        self._changes = 0  # what a graph that was recorded from this context does not outlive
+        self._deferred = True  # the next run does what cannot be recorded
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._called("set_tensor_address", name, address)
+        self._changes += 1
         assert type(address) is int, "the binding takes an int"
         assert address % _ADDRESSES == 0, f"{name} is not at a multiple of {_ADDRESSES}"
         self._places[name] = address
@@ -287,10 +298,13 @@ class _Context(Known):
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._called("set_optimization_profile_async", profile_index)
         self._profile, self._shapes = profile_index, {}
+        self._changes += 1
         return profile_index < len(self._engine._profiles) and not self._fails("switch")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert type(shape) is tuple, "the binding takes a tuple"
+        self._changes += 1
+        self._deferred = True
         least, most = self._engine._profiles[self._profile].get(name, ([], []))
         fits = len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
         self._shapes[name] = shape
@@ -307,15 +321,27 @@ class _Context(Known):
         if self._fails("enqueue") or self._fails(f"enqueue {engine._stem}"):
             engine._runtime._logger.log(self._trt._severity.ERROR, "enqueue: no kernel image")
             return False
-        if self._fails("capture") and stream in cuda.captures:
+        captured = stream in cuda.captures
+        if captured and (self._fails("capture") or self._fails(f"capture {engine._stem}") or self._deferred):
             cuda.invalid.add(stream)
             return True
+        self._deferred = False
         assert set(self._places) == set(engine._tensors), "a tensor has no address"
         assert self._scratch is not None, "the context has no scratch"
         work = self._computing() if engine._stem in self._trt.functions else self._running()
-        if not (self._fails("half a graph") and stream in cuda.captures):
-            cuda.submit(stream, work)
+        if not (self._fails("half a graph") and captured):
+            cuda.submit(stream, self._unchanged(work) if captured else work)
         return True
+
+    def _unchanged(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return work of a graph, which belongs to the context as it is now."""
+        changes = self._changes
+
+        def replay() -> None:
+            assert self._changes == changes, f"{self._engine._stem}: the context was changed after it was recorded"
+            work()
+
+        return replay
 
     def _computing(self) -> Callable[[], None]:
         """Return work by one of the fake's functions, over float32 tensors of fixed shapes."""
@@ -335,6 +361,7 @@ class _Context(Known):
         """Return work by ONNX Runtime, with the shapes and places as they are now."""
         cuda, tensors, scratch = self._trt.cuda, self._engine._tensors, self._scratch
         places = dict(self._places)
+        engine = self._engine
         inputs = {}
         for name, one in tensors.items():
             if one["input"]:
@@ -345,7 +372,7 @@ class _Context(Known):
         def work() -> None:
             if scratch is not None and scratch[1]:
                 cuda.bytes_at(*scratch).fill(0xEE)  # shared: nothing may count on what it held
-            for name, value in self._trt.run(self._engine._path, inputs).items():
+            for name, value in self._trt.run(engine._path, inputs, engine._weights).items():
                 cuda.bytes_at(places[name], value.nbytes)[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
         return work
@@ -361,6 +388,8 @@ class _Engine(Known):
         super().__init__(runtime._trt)
         self._runtime, self._stem, self._tensors = runtime, document["stem"], document["tensors"]
         self._path, self._profiles = document["path"], document["profiles"]
+        constants = _constants(Path(self._path)) if document["refittable"] else {}
+        self._weights = {name: constants[name].copy() for name in document["refittable"]}
         object.__setattr__(self, "streamable_weights_size", self._trt.weights)
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -409,6 +438,58 @@ class _Runtime(Known):
         return _Engine(self, json.loads(data[len(_MAGIC) :]))
 
 
+class _Weights(Known):
+    """Weights, of the form that takes an address."""
+
+    _kind = "Weights"
+
+    def __init__(self, trt: FakeTensorrt, kind: IntEnum, address: int, count: int) -> None:
+        super().__init__(trt)
+        assert type(address) is type(count) is int, "the binding takes an int"
+        self._parts = (kind.name, address, count)
+
+
+class _Refitter(Known):
+    """Weights on the device, read when the stream comes to it. What is handed over is kept for good, as by pybind."""
+
+    _kind = "Refitter"
+    weights_validation = True
+
+    def __init__(self, trt: FakeTensorrt, engine: _Engine, logger: Any) -> None:
+        super().__init__(trt)
+        self._engine, self._logger, self._sources = engine, logger, dict[str, int]()
+
+    def set_named_weights(self, name: str, weights: _Weights, location: IntEnum) -> bool:
+        self._called("set_named_weights", name, location.name)
+        assert location.name == "DEVICE"
+        kind, address, count = weights._parts
+        held = self._engine._weights.get(name)
+        self._sources[name] = address
+        return held is not None and kind == "FLOAT" and count == held.size and not self._fails("set weights")
+
+    def get_missing_weights(self) -> list[str]:
+        missing = [name for name in self._engine._weights if name not in self._sources]
+        return [*missing, "another"] if self._fails("missing weights") else missing
+
+    def refit_cuda_engine_async(self, stream: int) -> bool:
+        self._called("refit_cuda_engine_async", self._engine._stem)
+        if self._fails("refit"):
+            self._logger.log(self._trt._severity.ERROR, "refit: out of memory")
+            return False
+        cuda = self._trt.cuda
+        sources = {
+            name: cuda.bytes_at(self._sources[name], held.nbytes) for name, held in self._engine._weights.items()
+        }
+
+        def work() -> None:
+            for name, held in self._engine._weights.items():
+                turned = held[::-1] if self._fails("other numbers") else held
+                turned[...] = sources[name].view(np.float32).reshape(held.shape)
+
+        cuda.submit(stream, work)
+        return True
+
+
 class FakeTensorrt:
     """The module of one version."""
 
@@ -445,19 +526,26 @@ class FakeTensorrt:
             return self._enums[name]
         return getattr(self, f"_{name.lower()}")
 
-    def plan(self, onnx: Path, profiles: list[Any] | None = None) -> bytes:
+    def plan(self, onnx: Path, profiles: list[Any] | None = None, refittable: Sequence[str] = ()) -> bytes:
         """Return the engine of a graph."""
         data = onnx.read_bytes()
         tensors = json.loads(data)["tensors"] if data.startswith(b"{") else _tensors(onnx)
         document = {"stem": onnx.stem, "tensors": tensors, "profiles": profiles or [], "path": str(onnx.resolve())}
+        document["refittable"] = list(refittable)
         return _MAGIC + json.dumps(document).encode()
 
-    def run(self, path: str, inputs: Mapping[str, tuple[np.ndarray, tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-        """Return what a graph computes of inputs given as bytes, shape and type."""
+    def run(
+        self,
+        path: str,
+        inputs: Mapping[str, tuple[np.ndarray, tuple[int, ...], str]],
+        weights: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Return what a graph computes of inputs given as bytes, shape and type, and of weights that were replaced."""
         given = {
             name: (data.copy().view(_MEMORY[kind]).reshape(shape), kind) for name, (data, shape, kind) in inputs.items()
         }
-        return _program(path, Path(path).stat().st_mtime_ns)(given)
+        given |= {name: (value, "FLOAT") for name, value in weights.items()}
+        return _program(path, Path(path).stat().st_mtime_ns, tuple(weights))(given)
 
     def named(self, name: str) -> list[Any]:
         """Return the arguments of every call of a name, in order."""
@@ -498,6 +586,15 @@ class FakeTensorrt:
     def _onnxparser(self, network: _Network, logger: Any) -> _Parser:
         return _Parser(self, network, logger)
 
+    def _refitter(self, engine: _Engine, logger: Any) -> _Refitter:
+        if not engine._weights or "refitter" in self.fail:
+            logger.log(self._severity.ERROR, "the engine is not refittable")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return _Refitter(self, engine, logger)
+
+    def _weights(self, kind: IntEnum, address: int, count: int) -> _Weights:
+        return _Weights(self, kind, address, count)
+
     def _begin(self, logger: Any) -> None:
         assert logger._made, "the base class was not initialised; the real binding would refuse it"
         if "driver" in self.fail:
@@ -505,7 +602,9 @@ class FakeTensorrt:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(path: str, _changed_ns: int) -> Callable[[Mapping[str, tuple[np.ndarray, str]]], dict[str, np.ndarray]]:
+def _program(
+    path: str, _changed_ns: int, replaced: tuple[str, ...]
+) -> Callable[[Mapping[str, tuple[np.ndarray, str]]], dict[str, np.ndarray]]:
     """Return a graph as a function.
 
     ONNX Runtime's kernels for processors know no fp16: it would leave out all rounding to it, unasked. Graphs with
@@ -514,8 +613,11 @@ def _program(path: str, _changed_ns: int) -> Callable[[Mapping[str, tuple[np.nda
     import onnx
 
     model = onnx.load(path)
+    for one in [held for held in model.graph.initializer if held.name in replaced]:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
+        model.graph.initializer.remove(one)
     half = any(one.name == "to" and one.i == 10 for node in model.graph.node for one in node.attribute)
-    return _by_reference(model) if half else _by_runtime(path)
+    return _by_reference(model) if half else _by_runtime(model.SerializeToString() if replaced else path)
 
 
 def _by_reference(model: Any) -> Callable[..., dict[str, np.ndarray]]:
@@ -534,7 +636,7 @@ def _by_reference(model: Any) -> Callable[..., dict[str, np.ndarray]]:
     return run
 
 
-def _by_runtime(path: str) -> Callable[..., dict[str, np.ndarray]]:
+def _by_runtime(path: str | bytes) -> Callable[..., dict[str, np.ndarray]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -568,6 +670,13 @@ def _tensors(path: Path) -> dict[str, Any]:
         }
         for value, is_input in values
     }
+
+
+def _constants(path: Path) -> dict[str, np.ndarray]:
+    """Return the constants of a real ONNX file."""
+    import onnx
+
+    return {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
 
 
 def write_graph(path: Path, tensors: dict[str, tuple[int, ...]]) -> str:

@@ -118,7 +118,7 @@ RULES: Mapping[str, str] = {
     "operand-types": "operands of one operator have one type, since networks are strongly typed",
     "quantized-consumer": "quantised values are read by QuantizeLinear and DequantizeLinear alone",
     "fp8-convolution": "FP8 convolutions have kernels: no groups, at most 32 positions",
-    "external-data": "external data is there, beside the graph and whole",
+    "external-data": "external data is there, beside or below the graph, and whole",
     **SCALE_RULES,
 }
 
@@ -426,7 +426,7 @@ def _place_fault(name: str, tensor: TensorProto, folder: Path) -> str:
     place, wanted = place_of(tensor), stored_bytes(tensor)
     if place is None:
         said = ", ".join(f"{entry.key} {entry.value!r}" for entry in tensor.external_data)
-        return f"{name} lies in no file beside the graph ({said})"
+        return f"{name} lies in no file beside or below the graph ({said})"
     file = folder / place.location
     if not file.is_file():
         return f"{name} lies in {place.location!r}, which is missing"

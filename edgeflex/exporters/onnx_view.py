@@ -163,7 +163,7 @@ def stored_bytes(tensor: TensorProto) -> int | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where external data lies: in which file, from which byte, and how many bytes; None where it is not said."""
+    """Where external data lies: in which file beside or below, from which byte, how many; None where it is not said."""
 
     location: str
     offset: int
@@ -177,7 +177,7 @@ def place_of(tensor: TensorProto) -> Place | None:
     if not all(isinstance(text, str) and (text == "" or (text.isascii() and text.isdecimal())) for text in numbers):
         return None
     location = said.get("location", "")
-    if not isinstance(location, str) or location in {"", ".", ".."} or {"/", "\\", "\0"} & set(location):
+    if not isinstance(location, str) or {"\\", "\0"} & set(location) or {"", ".", ".."} & set(location.split("/")):
         return None
     return Place(location, int(numbers[0] or 0), int(numbers[1]) if numbers[1] else None)
 

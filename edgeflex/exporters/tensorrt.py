@@ -34,6 +34,7 @@ from edgeflex.schema_trt import (
     BuildRecipe,
     Need,
     Profile,
+    RefitRecipe,
     SegmentRecipe,
     ShapeRange,
     TensorSpec,
@@ -76,12 +77,14 @@ class EngineSource:
         data: Path of its external data, or None.
         profiles: For each range of shapes that the engine is to be tuned for, how large the named axes may be, such
             as ``{"decode": {"T": AxisRange(least=1, best=1, most=1), "P": ...}}``; empty where shapes are fixed.
+        rival_of: The engine that this one is to be tried against, its constants refitted; empty for one that is needed.
     """
 
     name: str
     onnx: str
     data: str | None = None
     profiles: Mapping[str, Mapping[str, AxisRange]] = field(default_factory=dict)
+    rival_of: str = ""
 
 
 def write_recipe(
@@ -112,9 +115,11 @@ def write_recipe(
     taken = _accepted(folder, sources, versions)
     views = {source.name: open_view(folder / source.onnx) for source in sources}
     try:
-        segments = tuple(_segment(folder, source, views[source.name]) for source in sources)
+        made = [(source, _segment(folder, source, views[source.name])) for source in sources]
+        segments = tuple(segment for source, segment in made if not source.rival_of)
         recipe = BuildRecipe(
             segments=segments,
+            refits=tuple(_refit(source, one, views[source.name]) for source, one in made if source.rival_of),
             least_version=taken[0],
             versions=taken,
             needs=_needs(views.values()),
@@ -155,6 +160,16 @@ def _segment(folder: Path, source: EngineSource, view: View) -> SegmentRecipe:
         outputs=tuple(_spec(value) for value in graph.output),
         profiles=tuple(_profile(source, name, ranges, inputs) for name, ranges in source.profiles.items()),
     )
+
+
+def _refit(source: EngineSource, segment: SegmentRecipe, view: View) -> RefitRecipe:
+    """Return a rival's recipe: its constants in external data are what is refitted."""
+    weights = [
+        TensorSpec.model_validate({"name": one.name, "dtype": "float32", "shape": tuple(one.dims)})
+        for one in view.model.graph.initializer
+        if one.data_location == TensorProto.EXTERNAL
+    ]
+    return RefitRecipe(**dict(segment), rival_of=source.rival_of, weights=tuple(weights))
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

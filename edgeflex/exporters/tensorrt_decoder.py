@@ -8,6 +8,7 @@
     stages/attention-K.onnx             graphs without weights; layers of one structure and precision share one
     stages/dense-K.onnx, stages/expert-WIDTH.PRECISION.onnx, stages/head.onnx
     stages/gather.onnx, stages/sum-K.onnx
+    expert-WIDTH.fp32.refit.onnx        the same experts with the first one's file as constants, to be refitted
     build.json, build.sh                what to build on the device
 
 Every weight is an input of an engine, in the bytes of its file (``tensorrt_decoder_graphs``): engines are few and
@@ -33,6 +34,7 @@ from edgeflex.exporters.onnx_decoder_files import Stage, stages
 from edgeflex.exporters.onnx_decoder_stages import feed_forward_template
 from edgeflex.exporters.tensorrt import EngineSource, write_recipe
 from edgeflex.exporters.tensorrt_decoder_graphs import Weight, border_faults, engine_stage, require_half, widened
+from edgeflex.exporters.tensorrt_decoder_refit import check_refit, refit_stage
 from edgeflex.exporters.tensorrt_decoder_rows import (
     GATHER_STAGE,
     ROWS,
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from edgeflex.models.decoders import DecoderSource
     from edgeflex.progress import Progress
     from edgeflex.schema import FileEntry
-    from edgeflex.schema_moe import DecoderGraph, DecoderPlan
+    from edgeflex.schema_moe import DecoderGraph, DecoderPlan, MatrixRecord
     from edgeflex.transforms.decoder_weights import StoredMatrix
 
 CACHED = "cached"  # the dynamic axis of the cache's rows
@@ -100,16 +102,19 @@ def export_tensorrt_decoder(
     _require_aligned(source.graph)
     precisions = planned_precisions(source, plan)
     with staged_folder(out, overwrite=overwrite) as folder:
-        written = TensorrtFiles(folder, source, precisions, half=half).write(told)
+        files = TensorrtFiles(folder, source, precisions, half=half)
+        written = files.write(told)
         compare_with_plan(written.records, precisions)
         compare_borders(folder, source.graph, precisions, written.programs)
         rows = row_stages(source.graph, written.programs)
-        write_recipe(folder, engine_sources(written.programs, plan, rows))
+        write_recipe(folder, (*engine_sources(written.programs, plan, rows), *rival_sources(files.rivals, plan)))
         weights = BundleWeights(folder, written.records, source)
         numbers = StageNumbers(source.graph, weights)
         check_stages(source, weights, written.programs, told, given=numbers, opened=widened_session)
         for path, top_k in rows.items():
             check_rows(folder, path, top_k)
+        for path, (_, pair) in files.rivals.items():
+            check_refit(folder, path, *(weights(one.name) for one in pair))
         found = dict(measured(weights)) if measured is not None else {}
         manifest = DecoderManifest(
             backend="tensorrt",
@@ -151,6 +156,27 @@ def engine_sources(
     return tuple(found.values())
 
 
+def rival_sources(
+    rivals: Mapping[str, tuple[str, Sequence[MatrixRecord]]], plan: DecoderPlan
+) -> tuple[EngineSource, ...]:
+    """Return the graphs whose constants are refitted, with the shapes of those that they are tried against.
+
+    Args:
+        rivals: By path: the graph's that it is tried against, and the matrices that are its constants.
+        plan: Says how many tokens there are.
+    """
+    return tuple(
+        EngineSource(
+            name=path.removesuffix(".onnx"),
+            onnx=path,
+            data=pair[0].file,
+            profiles=_profiles(template, plan, 0),
+            rival_of=template.rpartition("/")[2].removesuffix(".onnx"),
+        )
+        for path, (template, pair) in rivals.items()
+    )
+
+
 def _profiles(path: str, plan: DecoderPlan, top_k: int) -> dict[str, dict[str, AxisRange]]:
     """Return the ranges of each dynamic axis for a step of decoding and for a chunk of a prompt."""
     chunk, context = plan.prefill_chunk_tokens, plan.context_tokens
@@ -181,6 +207,7 @@ class TensorrtFiles(RawFiles):
     def __init__(self, folder: Path, source: DecoderSource, precisions: Mapping[str, Precision], *, half: bool) -> None:
         super().__init__(folder, source, precisions, expert_alignment=_ADDRESS_ALIGNMENT)
         self._half = half
+        self.rivals: dict[str, tuple[str, Sequence[MatrixRecord]]] = {}
         self._known: dict[bytes, str] = {}  # paths by graph
         self._counts: Counter[str] = Counter()
 
@@ -203,6 +230,7 @@ class TensorrtFiles(RawFiles):
         self._write_row_stages()
         self._write_dense()
         self.write_experts(told)
+        self._write_rivals()
         return self.written()
 
     def stored(self, name: str) -> StoredMatrix:
@@ -227,6 +255,21 @@ class TensorrtFiles(RawFiles):
         if any(layer.routing for layer in graph.layers):
             self.save(gather_stage(graph.hidden_dim), GATHER_STAGE)
             self.programs.append(StockProgram(role="gather", layer=None, precision=None, path=GATHER_STAGE))
+
+    def _write_rivals(self) -> None:
+        """Write a second graph of experts in fp32, for each of their sizes, with the first one's file as constants.
+
+        It lies above the folder of that file, since ONNX lets data be beside or below a graph alone.
+        """
+        experts = [one for one in self.records if ".experts." in one.name and one.precision is Precision.FP32]
+        for width, precision in self.expert_kinds():
+            if precision is not Precision.FP32:
+                continue
+            down = next(one for one in experts if one.name.endswith(".down") and one.columns == width)
+            gate_up = next(one for one in experts if one.name == f"{down.name.removesuffix('down')}gate_up")
+            path = f"expert-{width}.{precision.value}.refit.onnx"
+            self.save(refit_stage(self.source.graph.hidden_dim, width, (gate_up, down)), path)
+            self.rivals[path] = (template_path(width, precision), (gate_up, down))
 
     def _save_once(
         self, model: onnx.ModelProto, role: Literal["attention", "dense", "head", "sum"], layer: int | None

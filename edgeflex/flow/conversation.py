@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from edgeflex.errors import InputError
-from edgeflex.files import read_bytes
-from edgeflex.runtimes.decoder import DecoderSession, Settings, stream_text
+from edgeflex.files import not_utf8, read_text
+from edgeflex.flow.decoder_bundles import Place, settings_at
+from edgeflex.runtimes.decoder import DecoderSession, stream_text
 from edgeflex.runtimes.sampling import Sampler
-from edgeflex.units import parse_size_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from typing_extensions import Self
@@ -46,24 +46,31 @@ class Asked:
 class Talk:
     """One bundle, opened inside ``with``, and its answers.
 
+    Args:
+        bundle: Its folder.
+        asked: What the user asked for.
+        ask: Called before each line of a conversation, to show that it is waited for.
+        progress: Told of what is slow.
+
     Raises:
         InputError: No prompt or more than one, or settings that are impossible.
     """
 
-    def __init__(self, bundle: Path, asked: Asked, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, bundle: Path, asked: Asked, *, ask: Callable[[], None] | None = None, progress: Progress | None = None
+    ) -> None:
         sources = (asked.prompt is not None, asked.prompt_file is not None, asked.interactive)
         if sum(sources) != 1:
             given = "none was" if not any(sources) else "several were"
             raise InputError(f"a decoder answers one prompt, and {given} given. Pass --prompt, --prompt-file or -i.")
         self._asked = asked
+        self._ask = ask
         self._sampler = Sampler(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, seed=asked.seed)
-        settings = Settings(
-            cache_bytes=None if asked.cache is None else parse_size_bytes(asked.cache),
+        settings = settings_at(
+            Place(asked.device, asked.vram, asked.cache),
             policy=asked.policy,
             threads=asked.threads,
             prefetch_depth=asked.prefetch,
-            device=asked.device,
-            vram_bytes=None if asked.vram is None else parse_size_bytes(asked.vram),
         )
         self._first = None if asked.interactive else _text(asked)
         self._session = DecoderSession.from_bundle(bundle, settings, progress=progress)
@@ -87,7 +94,7 @@ class Talk:
             yield self._answer(self._first, continued=False)
             return
         continued = False
-        for line in _lines(sys.stdin):
+        for line in _lines(sys.stdin, self._ask):
             if line.strip():
                 yield self._answer(line, continued=continued)
                 continued = True
@@ -109,12 +116,18 @@ class Talk:
             yield piece
 
 
-def _lines(stream: Iterable[str]) -> Iterator[str]:
+def _lines(stream: TextIO, ask: Callable[[], None] | None) -> Iterator[str]:
+    """Yield what is typed, line by line; ``ask`` is called before each is waited for."""
     try:
-        for line in stream:
+        while True:
+            if ask is not None:
+                ask()
+            line = stream.readline()
+            if not line:
+                return
             yield _whole(line, "standard input")
     except UnicodeDecodeError as error:
-        raise _not_text("standard input", f"byte {error.start}") from None
+        raise not_utf8("standard input", f"byte {error.start}") from None
 
 
 def _whole(text: str, source: str) -> str:
@@ -122,19 +135,11 @@ def _whole(text: str, source: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _not_text(source, f"character {error.start}") from None
+        raise not_utf8(source, f"character {error.start}") from None
     return text
-
-
-def _not_text(source: str, place: str) -> InputError:
-    return InputError(f"{source}: {place} is not UTF-8 text. Convert it (iconv -t UTF-8) and try again.")
 
 
 def _text(asked: Asked) -> str:
     if asked.prompt_file is None:
         return _whole(asked.prompt or "", "--prompt")
-    raw = read_bytes(asked.prompt_file, "prompt")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_text(str(asked.prompt_file), f"byte {error.start}") from None
+    return read_text(asked.prompt_file, "prompt")

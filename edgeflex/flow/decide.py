@@ -89,13 +89,16 @@ def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | No
         check(table, budget, solution)
     except InfeasibleError:
         if chosen is None:
-            raise
+            # what ships was measured, so that what measured plans need is the answer, not what the table reckons
+            raise choose.explain(table, candidates.candidates, budget, samples=samples) from None
         notes.append(
             "the table's own estimate finds no plan here; what ships was measured, and the bound leaves it out"
         )
-        solution = solve(table, budget.model_copy(update={"max_drop": None, "latency": ()}))
+        free: dict[str, Any] = {"memory_bytes": {}, "latency": (), "disk_bytes": None, "max_drop": None}
+        solution = solve(table, budget.model_copy(update=free))
     if chosen is None:
-        raise _unmeasured(table, candidates, budget)
+        hint = "Or calibrate with more --mixes: by its estimate, the table knows a plan that fits."
+        raise choose.explain(table, candidates.candidates, budget, samples=samples, hint=hint)
     used = assemble.mix_of(chosen.candidate.choices).values()
     notes += plan_notes(device or own, folder.meta.backend, used)
     chosen = _with_safety(chosen, folder, budget, candidates)
@@ -161,26 +164,6 @@ def _with_safety(chosen: Pick, folder: Calibration, budget: Budget, candidates: 
         for index, thresholds in enumerate(safety_path(chosen.chain[0].thresholds[:-1]))
     ]
     return choose.lengthened(chosen, path, budget, samples=len(folder.part("choose")))
-
-
-def _unmeasured(table: CostTable, candidates: Candidates, budget: Budget) -> InfeasibleError:
-    from edgeflex.plans import choose
-
-    free = budget.model_copy(update={"max_drop": None})
-    nearest = choose.pick(table, candidates.candidates, free.model_copy(update={"minimize": "drop"}))
-    if nearest is None:
-        advice = "Calibrate with more --mixes, or loosen the budget"
-        return InfeasibleError(
-            f"no mix that was measured fits the budget, though the table knows one. {advice}.", relaxation=advice
-        )
-    least = nearest.chain[-1].loss
-    return InfeasibleError(
-        f"no measured mix fits: within the other budgets the least drop is {least * 100:.2f} %, the budget is "
-        f"{(budget.max_drop or 0) * 100:.2f} %. Pass --max-drop {least * 100 + 0.01:.2f}% or allow more latency.",
-        binding=("max drop",),
-        least={"max drop": least},
-        relaxation=f"--max-drop {least * 100 + 0.01:.2f}%",
-    )
 
 
 def _paired_losses(folder: Calibration, mix: str) -> Callable[[Sequence[Scenario]], NDArray[np.float64]]:

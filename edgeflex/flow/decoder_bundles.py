@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
-from edgeflex.files import read_bytes
-from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, read_array, utf8
+from edgeflex.files import read_bytes, read_text
+from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, read_array
 from edgeflex.flow.device_plans import plan_again
 from edgeflex.schema import Check, Precision
 from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, Expected
@@ -226,11 +226,15 @@ def bench_decoder(
     prompts: int = 3,
     max_tokens: int = 64,
     repeats: int = 3,
+    follow_text: bool = False,
     threads: int | None = None,
     on: Place | None = None,
     progress: Progress | None = None,
 ) -> DecoderBench:
     """Answer prompts from a text, each repeat in a fresh process, and hold the plan's promises against it.
+
+    With ``follow_text`` an answer is how the text goes on, not what the decoder would say: the plan's hits were
+    replayed on text, and a decoder that repeats itself, or has random weights, uses other experts.
 
     Raises:
         InputError: The text is too short for the planned prompt, or the place is impossible.
@@ -241,7 +245,7 @@ def bench_decoder(
     from edgeflex.runtimes.decoder import DecoderSession
     from edgeflex.runtimes.decoder_bench import bench_decoder as measure
 
-    settings = _settings(threads, on)
+    settings = settings_at(on or Place(), threads=threads)
     session = DecoderSession.from_bundle(bundle, settings)
     plan = session.manifest.plan
     most = plan.context_tokens - max_tokens
@@ -251,15 +255,17 @@ def bench_decoder(
             f"{max_tokens} tokens of an answer leave no room for a prompt in a context of {plan.context_tokens}. "
             "Ask for fewer."
         )
-    ids = session.tokenizer().encode(utf8(text)).ids
-    if len(ids) < length:
-        raise InputError(f"{text}: {len(ids)} tokens are fewer than the planned prompt's {length}. Give more text.")
-    starts = [index * (len(ids) - length) // max(1, prompts - 1) for index in range(prompts)]
+    ids = session.tokenizer().encode(read_text(text, "text")).ids
+    needed, what = (length + max_tokens, "prompt and answer") if follow_text else (length, "prompt")
+    if len(ids) < needed:
+        raise InputError(f"{text}: {len(ids)} tokens are fewer than the planned {what}'s {needed}. Give more text.")
+    starts = [index * (len(ids) - needed) // max(1, prompts - 1) for index in range(prompts)]
     return measure(
         bundle,
         [ids[start : start + length] for start in starts],
         max_tokens=max_tokens,
         repeats=repeats,
+        answers=[ids[start + length : start + needed] for start in starts] if follow_text else None,
         settings=settings,
         device=machine().cpu_model or "this machine",
         conditions=conditions,
@@ -281,7 +287,7 @@ def verify_decoder(
     from edgeflex.runtimes.decoder_bench import verify_decoder as check
 
     device = machine().cpu_model or "this machine"
-    return check(bundle, settings=_settings(threads, on), device=device, progress=progress)
+    return check(bundle, settings=settings_at(on or Place(), threads=threads), device=device, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -299,17 +305,20 @@ class Place:
     cache: str | None = None
 
 
-def _settings(threads: int | None, on: Place | None) -> Settings:
-    """Return a run's settings."""
-    from edgeflex.runtimes.decoder import Settings
-    from edgeflex.units import parse_size_bytes
+def settings_at(place: Place, **more: Any) -> Settings:
+    """Return the settings of a run at ``place``; keywords are other fields.
 
-    place = on or Place()
+    Raises:
+        InputError: A number of bytes is none.
+    """
+    from edgeflex.runtimes.decoder import Settings
+    from edgeflex.units import option_value, parse_size_bytes
+
     return Settings(
-        threads=threads,
         device=place.device,
-        vram_bytes=None if place.vram is None else parse_size_bytes(place.vram),
-        cache_bytes=None if place.cache is None else parse_size_bytes(place.cache),
+        vram_bytes=option_value("--vram", place.vram, parse_size_bytes),
+        cache_bytes=option_value("--cache", place.cache, parse_size_bytes),
+        **more,
     )
 
 
@@ -366,7 +375,7 @@ def record_trace(
     from edgeflex.runtimes.trace import write_trace
 
     with DecoderSession.from_bundle(bundle, Settings(record=True), progress=progress) as session:
-        prompt = session.tokenizer().encode(utf8(prompt_file)).ids
+        prompt = session.tokenizer().encode(read_text(prompt_file, "prompt")).ids
         answered = sum(1 for _ in session.generate(prompt, max_tokens, Sampler(temperature=temperature, seed=seed)))
         write_trace(out, session.trace())
     return answered

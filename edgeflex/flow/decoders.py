@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InputError
-from edgeflex.files import read_bytes, refuse_output, write_atomic
+from edgeflex.files import read_bytes, read_text, refuse_output, write_atomic
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import (
@@ -254,7 +254,7 @@ def _texts(source: DecoderSource, text: Path, tokens: int, length: int, seed: in
 
     from edgeflex.runtimes.sampling import load_tokenizer
 
-    ids = load_tokenizer(source.tokenizer_file).encode(utf8(text)).ids
+    ids = load_tokenizer(source.tokenizer_file).encode(read_text(text, "text")).ids
     if len(ids) < 2 * min(length, 64):
         raise InputError(
             f"{text}: {len(ids)} tokens are too few to calibrate on; at least {2 * min(length, 64)} are needed. "
@@ -267,21 +267,6 @@ def _texts(source: DecoderSource, text: Path, tokens: int, length: int, seed: in
     spare = max(1, wanted // 5)
     used = min(wanted, len(pieces) - 1)
     return pieces[np.sort(order[:used])].tolist(), pieces[np.sort(order[used : used + spare])]
-
-
-def utf8(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        InputError: It is absent or not UTF-8.
-    """
-    raw = read_bytes(path, "text")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {error.start} is not UTF-8 text. Convert the file (iconv -t UTF-8) and try again."
-        ) from None
 
 
 def _trace_of(graph: DecoderGraph, routing: Any, *, prompt: int | None = None, chunk: int | None = None) -> Trace:

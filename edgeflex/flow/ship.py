@@ -231,6 +231,8 @@ def build(
 ) -> EngineIndex:
     """Build the TensorRT engines of a bundle, a network's or a decoder's, on this device; return what was built.
 
+    For a decoder it is measured too how its experts best get their weights.
+
     Raises:
         UnsupportedError: The bundle is not for TensorRT, or this device or version cannot build it.
         MissingDependencyError: TensorRT is not installed.
@@ -239,11 +241,13 @@ def build(
     from edgeflex.bundle import open_bundle
     from edgeflex.bundle_moe import bundle_kind, open_decoder_bundle
     from edgeflex.runtimes.tensorrt_build import build as build_engines
+    from edgeflex.runtimes.tensorrt_ways import build_measured
 
-    opened = open_decoder_bundle if bundle_kind(bundle_folder) == "decoder" else open_bundle
-    return build_engines(
-        opened(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=progress or Silent()
-    )
+    told = progress or Silent()
+    if bundle_kind(bundle_folder) == "decoder":
+        decoder = open_decoder_bundle(bundle_folder)
+        return build_measured(decoder, workspace_bytes=workspace_bytes, force=force, progress=told)
+    return build_engines(open_bundle(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=told)
 
 
 # --- run, bench, verify, report ----------------------------------------------------------------------

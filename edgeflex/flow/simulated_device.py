@@ -303,13 +303,14 @@ class SimulatedDevice:
         key = (sizes.tobytes(), end)
         if key in self._machines:
             return self._machines[key]
-        shape = ExpertShape(self._mean_size(sizes), self._mean_macs, self._layer_bytes)
+        shape = ExpertShape(self._mean_size(sizes), self._mean_macs, self._layer_bytes, self._slices)
         given = {"ram_bytes_per_s": self.ram_bytes_per_s, "link_bytes_per_s": self.link_bytes_per_s}
         found = curves_of(self._seen, shape, end=end, **given)
         head = curves_of(self._seen, replace(shape, dense_bytes=self._head_bytes), end=end, **given)
         if of_calibrated_computer(self.profile, self.rates):
             found = replace(found, curves=replace(found.curves, cpu=self._cpu(sizes, end)))
-        self._machines[key] = replace(found, token_s=head.dense(1))
+        # either part of a divided expert pays a launch, and the processor's is brought to the GPU
+        self._machines[key] = replace(found, token_s=head.dense(1), part_s=found.part_s + _RETURN_S[end])
         return self._machines[key]
 
     def _mean_size(self, sizes: Ints) -> int:
@@ -319,6 +320,13 @@ class SimulatedDevice:
     def _mean_macs(self) -> int:
         dims = [layer.expert_dim for layer in self.graph.layers if layer.routing is not None]
         return round(3 * self.graph.hidden_dim * sum(dims) / max(1, len(dims)))
+
+    @cached_property
+    def _slices(self) -> int:
+        """In how many slices experts lie at the least, so that they are divided nowhere else."""
+        from edgeflex.runtimes.division import slices_of
+
+        return min((slices_of(layer.expert_dim) for layer in self.graph.layers if layer.routing is not None), default=1)
 
     @cached_property
     def _layer_bytes(self) -> int:
@@ -408,6 +416,9 @@ class SimulatedDevice:
             yield f"the processor's experts take {took}, and 15 us until the GPU has their rows"
         else:
             yield "the processor's experts take what its memory's rate allows; no kernel was timed there"
+        if self._slices > 1:
+            parts = f"one missing expert of an event may be divided between processor and GPU, in {self._slices} slices"
+            yield f"{parts}, where RAM holds every expert"
         yield "of a data sheet's rate 80 % is reached, 60 to 95 %; launches take half to twice what is usual"
         yield "the driver's context on the GPU, and PyTorch in the processor's memory, are taken at 512 MiB and 1 GiB"
 
@@ -418,14 +429,14 @@ def _value(figure: Figure) -> float:
 
 def _strategy(serving: Serving) -> Strategy:
     from edgeflex.runtimes.strategies import Strategy
-    from edgeflex.runtimes.virtual import HORIZONS
+    from edgeflex.runtimes.virtual import HORIZON
 
     if serving.placement == "cpu":
         return Strategy("static")
     if serving.policy == "lru":
         return Strategy("lru")
     if serving.placement == "cache":
-        return Strategy("ours", horizon=HORIZONS[0])
+        return Strategy("ours", horizon=HORIZON)
     return Strategy("ours", static=True)
 
 

@@ -9,7 +9,9 @@ The order of sums is that of the runtime: a token's experts by descending router
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch.nn.functional import linear, log_softmax, rms_norm, scaled_dot_produc
 from edgeflex.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -75,16 +77,54 @@ class KeyValues:
 
 @dataclass
 class _Kept:
-    """Source tensors held in memory, first come, up to ``most_bytes``."""
+    """Source tensors held in memory: those ``asked`` for, and others, first come, up to ``most_bytes``."""
 
     most_bytes: int
     held_bytes: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    asked: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def may_hold(self, name: str) -> bool:
+        return name in self.asked or self.most_bytes > 0
+
+    def find(self, name: str) -> Tensor | None:
+        found = self.tensors.get(name)
+        return self.asked.get(name) if found is None else found
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        if self.held_bytes + tensor.nbytes <= self.most_bytes:
+        if name in self.asked:
+            self.asked[name] = tensor
+        elif self.held_bytes + tensor.nbytes <= self.most_bytes:
             self.tensors[name] = tensor
             self.held_bytes += tensor.nbytes
+
+
+class Mixing:
+    """What experts give a set of rows: taken expert by expert, in any order, and summed as the runtime sums them.
+
+    Args:
+        normed: ``[tokens, hidden]``, what the experts see.
+        routed: What the router chose for them.
+    """
+
+    def __init__(self, normed: Tensor, routed: Routed) -> None:
+        self._normed = normed
+        self._routed = routed
+        self._outputs = torch.empty(*routed.experts.shape, normed.shape[1])
+
+    def take(self, expert: int, feed: Callable[[Tensor], Tensor]) -> None:
+        """Let ``feed`` compute an expert's outputs ``[n, hidden]`` of the rows that chose it, if any did."""
+        tokens, places = torch.where(self._routed.experts == expert)
+        if len(tokens):
+            self._outputs[tokens, places] = feed(self._normed.index_select(0, tokens))
+
+    def summed(self) -> Tensor:
+        """Return the weighted sum ``[tokens, hidden]``, by descending router weight; all experts were taken."""
+        weights = self._routed.weights
+        total = self._outputs[:, 0] * weights[:, :1]
+        for place in range(1, weights.shape[1]):
+            total = total + self._outputs[:, place] * weights[:, place : place + 1]
+        return total
 
 
 class Reference:
@@ -115,6 +155,20 @@ class Reference:
         other._kept = self._kept
         return other
 
+    @contextmanager
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """Keep these tensors of the source in memory inside ``with``, each from its first use on.
+
+        It holds for all references that share the source with this one (``replaced``).
+        """
+        new = {self._key(name) for name in names} - self._kept.asked.keys()
+        self._kept.asked.update(dict.fromkeys(new))
+        try:
+            yield
+        finally:
+            for name in new:
+                del self._kept.asked[name]
+
     # --- parts ---
 
     def weight(self, name: str) -> Tensor:
@@ -142,7 +196,7 @@ class Reference:
                 f"and the vocabulary has {self.graph.vocabulary}. Use this decoder's own tokenizer."
             )
         replaced = None if self._weights is None else self._weights("embedding")
-        if replaced is None and not self._kept.most_bytes:
+        if replaced is None and not self._kept.may_hold("embedding"):
             rows = torch.from_numpy(self.source.gather("embedding", tokens.reshape(-1).numpy()))
         else:
             rows = self.weight("embedding")[tokens.reshape(-1)]
@@ -189,13 +243,15 @@ class Reference:
 
     def mixture(self, index: int, normed: Tensor, routed: Routed) -> Tensor:
         """Return what experts and shared experts of layer ``index`` add for ``normed`` ``[tokens, hidden]``."""
-        layer = self.graph.layers[index]
         block = max(1, _BLOCK_BYTES // (routed.experts.shape[1] * normed.shape[1] * 4))
         parts = zip(normed.split(block), routed.experts.split(block), routed.weights.split(block), strict=True)
         summed = torch.cat([self._experts(index, *part) for part in parts]) if len(normed) else normed
-        if not layer.shared_dim:
-            return summed
-        return summed + self._shared(layer, normed)
+        return self.with_shared(index, normed, summed)
+
+    def with_shared(self, index: int, normed: Tensor, summed: Tensor) -> Tensor:
+        """Return ``summed``, what the experts of layer ``index`` give for ``normed``, with the shared ones' output."""
+        layer = self.graph.layers[index]
+        return summed + self._shared(layer, normed) if layer.shared_dim else summed
 
     def run_layer(self, index: int, hidden: Tensor, past: KeyValues | None = None) -> tuple[Tensor, Routed | None]:
         """Return ``hidden`` ``[sequences, tokens, hidden]`` after layer ``index``, and what its router chose."""
@@ -283,13 +339,17 @@ class Reference:
     # --- inner ---
 
     def _own(self, name: str) -> Tensor:
-        # a tied head is the embedding, and is kept once
-        key = "embedding" if name == "head" and self.graph.tied_embedding else name
-        if key in self._kept.tensors:
-            return self._kept.tensors[key]
+        key = self._key(name)
+        kept = self._kept.find(key)
+        if kept is not None:
+            return kept
         tensor = torch.from_numpy(self.source.tensor(key))
         self._kept.keep(key, tensor)
         return tensor
+
+    def _key(self, name: str) -> str:
+        # a tied head is the embedding, and is kept once
+        return "embedding" if name == "head" and self.graph.tied_embedding else name
 
     def _norm(self, rows: Tensor, name: str) -> Tensor:
         weight = self.weight(name)
@@ -350,14 +410,10 @@ class Reference:
 
     def _experts(self, index: int, normed: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs for a block of tokens."""
-        outputs = torch.empty(*experts.shape, normed.shape[1])
+        mixing = Mixing(normed, Routed(experts, weights))
         for expert in torch.unique(experts).tolist():
-            tokens, places = torch.where(experts == expert)
-            outputs[tokens, places] = self.swiglu(f"layers.{index}.experts.{expert}", normed.index_select(0, tokens))
-        total = outputs[:, 0] * weights[:, :1]
-        for place in range(1, experts.shape[1]):
-            total = total + outputs[:, place] * weights[:, place : place + 1]
-        return total
+            mixing.take(expert, partial(self.swiglu, f"layers.{index}.experts.{expert}"))
+        return mixing.summed()
 
     def _shared(self, layer: DecoderLayer, normed: Tensor) -> Tensor:
         output = self.swiglu(f"layers.{layer.index}.shared", normed)
@@ -377,11 +433,21 @@ def divergence(true: Reference, true_hidden: Tensor, other: Reference, other_hid
         other: Whose head gives q.
         other_hidden: Of the same shape.
     """
-    found = []
-    for ours, theirs in zip(true.head_blocks(true_hidden), other.head_blocks(other_hidden), strict=True):
-        log_p, log_q = log_softmax(ours, dim=-1), log_softmax(theirs, dim=-1)
-        found.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-    return torch.cat(found)
+    (found,) = divergences(true, true_hidden, other, (other_hidden,))
+    return found
+
+
+def divergences(true: Reference, true_hidden: Tensor, other: Reference, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``divergence`` of each of ``hidden``; the logits of ``true_hidden`` are made once for all of them."""
+    theirs = [other.head_blocks(one) for one in hidden]
+    found: list[list[Tensor]] = [[] for _ in hidden]
+    for block in true.head_blocks(true_hidden):
+        log_p = log_softmax(block, dim=-1)
+        p = log_p.exp()
+        for parts, blocks in zip(found, theirs, strict=True):
+            log_q = log_softmax(next(blocks), dim=-1)
+            parts.append((p * (log_p - log_q)).sum(dim=-1))
+    return [torch.cat(parts) for parts in found]
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

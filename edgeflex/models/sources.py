@@ -117,7 +117,10 @@ def _zoo_or_factory(model: str, classes: int | None) -> nn.Module:
         return zoo.build(model.removeprefix("zoo:"), classes)
     where, colon, factory = model.partition(":")
     if not (where and colon and factory):
-        raise InputError(f"model {model!r} is neither zoo:NAME ({', '.join(zoo.names())}) nor package.module:factory.")
+        raise InputError(
+            f"model {model!r} is neither zoo:NAME ({', '.join(zoo.names())}) nor package.module:factory, and no folder "
+            "of that name is here. Check the name."
+        )
     return _call(_factory(model, where, factory), model, classes)
 
 

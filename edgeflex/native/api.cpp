@@ -48,7 +48,7 @@ int with(void* engine, const Work& work) {
 
 extern "C" {
 
-EFX int efx_abi() { return 4; }
+EFX int efx_abi() { return 5; }
 
 #define EFX_TEXT_OF(name) #name
 #define EFX_TEXT(name) EFX_TEXT_OF(name)
@@ -135,13 +135,16 @@ EFX int efx_raw_create(size_t threads, void** experts) {
 
 EFX void efx_raw_destroy(void* experts) { delete static_cast<edgeflex::RawExperts*>(experts); }
 
-EFX int efx_raw_expert(void* experts, int precision, size_t hidden, size_t inner, const uint8_t* gate_up,
-                       const uint8_t* gate_up_scales, const uint8_t* down, const uint8_t* down_scales,
-                       const float* rows, size_t count, float* out) {
+EFX int efx_raw_expert(void* experts, int precision, size_t hidden, size_t width, size_t slices, size_t pitch,
+                       const uint8_t* gate_up, const uint8_t* gate_up_scales, const uint8_t* down,
+                       const uint8_t* down_scales, const float* rows, size_t count, float* out) {
   return guard([&] {
     if (experts == nullptr) edgeflex::refuse("the experts' kernels are closed");
-    static_cast<edgeflex::RawExperts*>(experts)->run({precision, 2 * inner, hidden, gate_up, gate_up_scales},
-                                                     {precision, hidden, inner, down, down_scales}, rows, count, out);
+    // a row's scale in int8 is that of all slices of down
+    const size_t shared = precision == edgeflex::kInt8 ? 0 : pitch;
+    static_cast<edgeflex::RawExperts*>(experts)->run(
+        {precision, 2 * width, hidden, gate_up, gate_up_scales, slices, pitch, pitch, false},
+        {precision, hidden, width, down, down_scales, slices, pitch, shared, true}, rows, count, out);
     return kOk;
   });
 }

@@ -14,12 +14,17 @@ namespace edgeflex {
 
 // Codes and scales as a bundle stores them: fp32; int8 with an fp32 scale per row; int4, two codes a byte (value + 8,
 // the even column in the low half), with a bfloat16 scale per 32 columns. At multiples of 4 bytes.
+// It may lie in slices, each a matrix of its own in that form: of its rows, or, `across`, of its columns.
 struct RawMatrix {
   int precision;
-  size_t rows;
-  size_t columns;
+  size_t rows;     // of one slice
+  size_t columns;  // of one slice
   const uint8_t* codes;
   const uint8_t* scales;
+  size_t slices = 1;
+  size_t pitch = 0;         // bytes from one slice's codes to the next one's
+  size_t scales_pitch = 0;  // the same of scales
+  bool across = false;
 };
 
 class RawExperts {
@@ -28,7 +33,8 @@ class RawExperts {
   ~RawExperts();
   RawExperts(const RawExperts&) = delete;
   RawExperts& operator=(const RawExperts&) = delete;
-  // out[count][hidden] = down * (silu(gate * row) * (up * row)) for each of rows[count][hidden].
+  // out[count][hidden] = down * (silu(gate * row) * (up * row)) for each of rows[count][hidden]. A slice of gate_up is
+  // some rows of gate and then the same ones of up, that of down the columns that take what they give.
   void run(const RawMatrix& gate_up, const RawMatrix& down, const float* rows, size_t count, float* out);
 
  private:

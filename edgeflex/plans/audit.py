@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.errors import CheckFailedError
 from edgeflex.schema import Footprint, Format, Tier
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.units import format_exact_bytes, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +61,7 @@ def footprint(table: CostTable, scenario_index: int, choices: Sequence[Choice]) 
 def shortfalls(counted: Footprint, budget: Budget) -> dict[str, tuple[float, float]]:
     """Return each limit that ``counted`` breaks: name to (limit, value), in bytes, seconds or a share."""
     rows: list[tuple[str, float, float, bool]] = [
-        (f"memory {tier.value}", most, counted.memory_bytes.get(tier, 0), True)
-        for tier, most in budget.memory_bytes.items()
+        (tier.budget_name, most, counted.memory_bytes.get(tier, 0), True) for tier, most in budget.memory_bytes.items()
     ]
     rows += [
         (f"latency {limit.statistic}", limit.limit_s, counted.latency_s[limit.statistic], False)
@@ -243,7 +242,7 @@ def _broken(table: CostTable, budget: Budget, taken: Mapping[str, Option], count
 def _show(name: str, value: float) -> str:
     if name.startswith("latency"):
         return format_time(value)
-    return format_share(value, 4) if name == "max drop" else f"{format_bytes(value)} ({value:.0f} bytes)"
+    return format_share(value, 4) if name == "max drop" else format_exact_bytes(value)
 
 
 def _near(claimed: float, counted: float) -> bool:
@@ -309,7 +308,7 @@ def _prediction_faults(predicted: Footprint, counted: Footprint) -> Iterator[str
     for tier in Tier:
         claimed_bytes, known_bytes = predicted.memory_bytes.get(tier, 0), counted.memory_bytes.get(tier, 0)
         if claimed_bytes != known_bytes:
-            yield f"memory {tier.value} is predicted as {claimed_bytes} bytes, counted as {known_bytes}."
+            yield f"{tier.budget_name} is predicted as {claimed_bytes} bytes, counted as {known_bytes}."
     if predicted.disk_bytes != counted.disk_bytes:
         yield f"disk is predicted as {predicted.disk_bytes} bytes, counted as {counted.disk_bytes}."
 

@@ -7,6 +7,7 @@ accuracy that they really had, the best is taken, and its thresholds are certifi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeflex.plans.program import Quantity
 
 STATISTICS: tuple[Statistic, ...] = ("mean", "p50", "p95", "p99", "worst")
 _QUANTILES: Mapping[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
@@ -162,6 +165,47 @@ def pick(
             best = Pick(candidate, costs, (*_staircase(slower), scenario), objective, own)
             best_worth = worth
     return best
+
+
+def explain(
+    table: CostTable,
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    *,
+    samples: int | None = None,
+    hint: str = "",
+) -> InfeasibleError:
+    """Return the error that says why ``pick`` finds nothing: what measured plans need, and the cheapest way out.
+
+    Args:
+        table: As for ``pick``.
+        candidates: At least one.
+        budget: With at least one limit.
+        samples: As for ``pick``.
+        hint: What else may help, as a sentence.
+    """
+    from edgeflex.plans.program import limits_of
+    from edgeflex.plans.verdict import explain_points
+
+    limits = limits_of(budget)
+    points = []
+    for candidate in candidates:
+        costs = footprint(shipping_table(table, candidate), 0, candidate.choices)
+        for scenario in candidate.scenarios:
+            latency = _latency(costs.block_latency_s, scenario.reach, samples)
+            points.append([_taken(limit.quantity, costs, latency, scenario.loss) for limit in limits])
+    return explain_points(limits, points, hint)
+
+
+def _taken(quantity: Quantity, costs: Footprint, latency: Mapping[Statistic, float], drop: float) -> float:
+    """Return how much of a quantity a measured plan takes."""
+    if quantity.kind == "latency":
+        return latency[quantity.statistic]
+    if quantity.kind == "drop":
+        return drop
+    return float(
+        costs.disk_bytes if quantity.kind == "disk" else sum(costs.memory_bytes.get(one, 0) for one in quantity.tiers)
+    )
 
 
 def _worth(
@@ -318,11 +362,11 @@ def curve_points(table: CostTable, candidates: Sequence[Candidate], budget: Budg
             latency = latency_statistics(costs.block_latency_s, scenario.reach)
             if _within(costs, latency, free):
                 memory_bytes = sum(costs.memory_bytes.values())
-                found.append((latency[budget.statistic], scenario.loss, memory_bytes, candidate.mix))
+                found.append((latency[budget.statistic], scenario.loss, memory_bytes, _counted(candidate)))
     kept: list[CurvePoint] = []
-    for seconds, drop, memory_bytes, mix in sorted(found):
+    for seconds, drop, memory_bytes, label in sorted(found):
         if not kept or drop < kept[-1].drop:
-            kept.append(CurvePoint(label=mix, latency_s=seconds, memory_bytes=memory_bytes, drop=drop))
+            kept.append(CurvePoint(label=label, latency_s=seconds, memory_bytes=memory_bytes, drop=drop))
     return tuple(kept)
 
 
@@ -340,6 +384,14 @@ def static_points(table: CostTable, candidates: Sequence[Candidate], reference: 
             )
         )
     return tuple(points)
+
+
+def _counted(candidate: Candidate) -> str:
+    """Return a mix as people read it: how many layers have which precision."""
+    counts = Counter(choice.option for choice in candidate.choices)
+    if len(counts) == 1:
+        return f"all {next(iter(counts))}"
+    return " + ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
 
 def _label(candidate: Candidate) -> str:

@@ -23,7 +23,7 @@ from edgeflex.plans.decoder_verdict import DeclinedError
 from edgeflex.schema import Choice, Proof
 from edgeflex.schema_gpu import GpuPlacement, PlacementTrial
 from edgeflex.schema_moe import DECODER_PRECISIONS, DecoderPlan, DecoderPrediction
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.units import format_bytes, format_exact_bytes, format_nats, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -133,7 +133,7 @@ def _useful(chunks: Sequence[int], prompt_tokens: int) -> tuple[int, ...]:
 
 def _refuse(graph: DecoderGraph, budget: DecoderBudget) -> None:
     limits = (
-        ("GPU memory", budget.vram_bytes),
+        ("vram", budget.vram_bytes),
         ("memory", budget.memory_bytes),
         ("time per token", budget.token_s),
         ("time to first token", budget.first_token_s),
@@ -396,7 +396,7 @@ def explain_gpu(search: GpuSearch) -> InfeasibleError:
     disk = min(one.disk_bytes for one in mixes)
     kl = float(np.where(np.isfinite(space.kl), space.kl, np.inf).min(axis=1).sum())
     rows: list[tuple[str, float | None, float]] = [
-        ("GPU memory", budget.vram_bytes, gpu),
+        ("vram", budget.vram_bytes, gpu),
         ("memory", budget.memory_bytes, host),
         ("disk", budget.disk_bytes, disk),
         ("max KL", budget.kl_limit, kl),
@@ -410,10 +410,11 @@ def explain_gpu(search: GpuSearch) -> InfeasibleError:
 def _short(search: GpuSearch, short: Sequence[tuple[str, float, float]]) -> InfeasibleError:
     parts = search.holdings.gpu(0, search.chunks[0])
     said = "; ".join(
-        f"{name} is limited to {_show(name, limit)}, least {_show(name, least)}" for name, limit, least in short
+        f"{name} is limited to {_show(name, limit)}, least {_show(name, least, up=True)}"
+        for name, limit, least in short
     )
     names = " and ".join(name for name, _, _ in short)
-    relaxation = " and ".join(f"{name} to {_show(name, least)}" for name, _, least in short)
+    relaxation = " and ".join(f"{name} to {_show(name, least, up=True)}" for name, _, least in short)
     return InfeasibleError(
         f"no plan meets {names}: {said}. On the GPU the dense part takes {format_bytes(parts.dense_bytes)}, keys and "
         f"values {format_bytes(parts.kv_bytes)}, activations {format_bytes(parts.activations_bytes)}, the driver's "
@@ -430,8 +431,8 @@ def _late(search: GpuSearch) -> InfeasibleError:
     quickest, budget = search.quickest, search.budget
     if quickest is None:
         return InfeasibleError(
-            "no plan meets GPU memory, memory, disk and max KL together. Raise one of them.",
-            binding=["GPU memory", "memory", "disk", "max KL"],
+            "no plan meets vram, memory, disk and max KL together. Raise one of them.",
+            binding=["vram", "memory", "disk", "max KL"],
             relaxation="Raise one of them.",
         )
     limit = budget.token_s
@@ -444,10 +445,11 @@ def _late(search: GpuSearch) -> InfeasibleError:
 
 def _too_slow(name: str, limit: float, least: float, search: GpuSearch, quickest: Tried) -> InfeasibleError:
     interval = search.device.interval(quickest.mix.sizes, quickest.division, quickest.serving)
-    relaxation = f"Raise {name} from {format_time(limit)} to {format_time(least)}, or give the GPU more memory."
+    least_time = format_time(least, up=True)
+    relaxation = f"Raise {name} from {format_time(limit)} to {least_time}, or give the GPU more memory (--vram)."
     message = (
         f"no plan meets {name}: it is limited to {format_time(limit)}, and the quickest of {len(search.runs)} settings "
-        f"run in virtual time takes {format_time(least)}. {relaxation}"
+        f"run in virtual time takes {least_time}. {relaxation}"
     )
     resident = search.device.estimate_s(quickest.mix.sizes, Division(quickest.mix.experts_bytes, 0))
     if name != "time per token" or quickest.serving is RESIDENT or resident > limit:
@@ -465,7 +467,8 @@ def _too_slow(name: str, limit: float, least: float, search: GpuSearch, quickest
     )
 
 
-def _show(name: str, value: float) -> str:
+def _show(name: str, value: float, *, up: bool = False) -> str:
+    """Return a value with its unit; with ``up`` no less, so that it can be given as a limit."""
     if name == "max KL":
-        return f"{value:.4g} nats per token"
-    return f"{format_bytes(value)} ({round(value)} bytes)"
+        return f"{format_nats(value, up=up)} nats per token"
+    return format_exact_bytes(value)

@@ -252,7 +252,7 @@ def _broken(plan: DecoderPlan, gpu: GpuPlacement) -> Iterator[str]:
     said, budget = plan.predicted, plan.budget
     held = said.memory.total_bytes + (gpu.memory.total_bytes if gpu.one_memory else 0)
     rows = (
-        ("GPU memory", budget.vram_bytes, gpu.memory.total_bytes),
+        ("vram", budget.vram_bytes, gpu.memory.total_bytes),
         ("memory", budget.memory_bytes, held),
         ("time per token", budget.token_s, said.token_s.value),
         ("time to first token", budget.first_token_s, said.first_token_s.value),

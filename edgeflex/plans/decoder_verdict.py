@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.errors import InfeasibleError
 from edgeflex.plans.decoder_search import LIMIT_GOALS, Found, Limits, Search
-from edgeflex.units import format_bytes, format_time
+from edgeflex.units import format_bytes, format_exact_bytes, format_growth, format_nats, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,15 +123,17 @@ def _least(search: Search, limits: Limits, name: str) -> tuple[float, bool]:
     return (math.inf if alone is None else alone.value), False
 
 
-def _show(name: str, value: float) -> str:
+def _show(name: str, value: float, *, up: bool = False) -> str:
+    """Return a value with its unit; with ``up`` no less, so that it can be given as a limit."""
     if name.endswith("_bytes"):
-        return f"{format_bytes(value)} ({round(value)} bytes)"
-    return format_time(value) if name.endswith("_s") else f"{value:.4g} nats per token"
+        return format_exact_bytes(value)
+    return format_time(value, up=up) if name.endswith("_s") else f"{format_nats(value, up=up)} nats per token"
 
 
 def _say(limits: Limits, name: str, value: float, kept: bool) -> str:
-    others = "with all other budgets kept" if kept else "with all other budgets left aside"
-    return f"{_NAMES[name]} is limited to {_show(name, getattr(limits, name))}, least {_show(name, value)} {others}"
+    others = f" with all other budgets {'kept' if kept else 'left aside'}" if len(limits.set_names) > 1 else ""
+    least = _show(name, value, up=True)
+    return f"{_NAMES[name]} is limited to {_show(name, getattr(limits, name))}, least {least}{others}"
 
 
 def _join(names: Sequence[str]) -> str:
@@ -153,8 +155,8 @@ def _relaxation(search: Search, limits: Limits, leasts: Mapping[str, tuple[float
 
 def _raise(limits: Limits, name: str, value: float) -> str:
     most = getattr(limits, name)
-    share = f" (+{(value / most - 1) * 100:.1f} %)" if most > 0 else ""
-    return f"{_NAMES[name]} from {_show(name, most)} to {_show(name, value)}{share}"
+    share = f", {format_growth(most, value)}" if most > 0 else ""
+    return f"{_NAMES[name]} from {_show(name, most)} to {_show(name, value, up=True)}{share}"
 
 
 def _common(search: Search, limits: Limits) -> Limits | None:

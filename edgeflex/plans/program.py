@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeflex.errors import InputError
 from edgeflex.schema import Format, Tier
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.units import format_exact_bytes, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -45,16 +45,19 @@ class Quantity:
 
     @property
     def name(self) -> str:
-        """The name that users meet in messages, as ``memory host`` or ``latency p95``."""
+        """The name that users meet in messages, as ``memory`` or ``latency p95``; two memories as ``memory + vram``."""
         if self.kind == "memory":
-            return f"memory {'+'.join(tier.value for tier in self.tiers)}".rstrip()
+            return " + ".join(tier.budget_name for tier in self.tiers) or "memory"
         return {"latency": f"latency {self.statistic}", "disk": "disk", "drop": "max drop"}[self.kind]
 
-    def show(self, value: float) -> str:
-        """Return ``value`` with its unit; sizes also as exact bytes."""
+    def show(self, value: float, *, up: bool = False) -> str:
+        """Return ``value`` with its unit, sizes exactly; with ``up`` no less, so that it can be given as a limit."""
         if self.kind in {"memory", "disk"}:
-            return f"{format_bytes(value)} ({round(value)} bytes)"
-        return format_time(value) if self.kind == "latency" else format_share(value, 4)
+            return format_exact_bytes(value)
+        if self.kind == "latency":
+            return format_time(value, up=up)
+        per_cent = format_share(value, 4, up=up).removesuffix(" %")
+        return f"{per_cent.rstrip('0').rstrip('.')} %"
 
 
 @dataclass(frozen=True)

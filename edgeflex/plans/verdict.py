@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgeflex.errors import EdgeflexError, InfeasibleError
 from edgeflex.plans.search import Question, search
+from edgeflex.units import format_growth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-6
 _HALVINGS = 20
+_LEAST_LIMIT = 1e-9  # a limit of zero can be divided by too
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,53 @@ def explain(question: Question, *, time_limit_s: float, now: Callable[[], float]
     if not binding:
         return _ruled_out()
     leasts = [_least(asker, limit, limits) for limit in limits]
-    relaxation = _relaxation(asker, leasts, binding)
+    binding = _hopeless(leasts) or binding
+    return _answer(leasts, binding, _relaxation(asker, leasts, binding))
+
+
+def explain_points(limits: Sequence[Limit], points: Sequence[Sequence[float]], hint: str = "") -> InfeasibleError:
+    """Return the error that says why none of some plans, all of them known, keeps ``limits``.
+
+    Args:
+        limits: At least one.
+        points: At least one; what each plan takes of each limited quantity.
+        hint: What else may help, as a sentence.
+    """
+    every = range(len(limits))
+
+    def keeping(chosen: Iterable[int]) -> list[Sequence[float]]:
+        kept = list(chosen)
+        return [point for point in points if all(point[index] <= limits[index].most for index in kept)]
+
+    binding = list(every)
+    leasts = []
+    for index in every:
+        if not keeping(one for one in binding if one != index):
+            binding.remove(index)
+        rest = keeping(one for one in every if one != index)
+        leasts.append(_Least(limits[index], min(point[index] for point in rest or points), kept=bool(rest)))
+    named = _hopeless(leasts) or [limits[index] for index in binding]
+    single = _single(leasts)
+    if single is None:
+        ratios = [
+            [value / max(limit.most, _LEAST_LIMIT) for value, limit in zip(one, limits, strict=True)] for one in points
+        ]
+        nearest = points[min(range(len(points)), key=lambda one: max(ratios[one]))]
+        single = _together([(limit, value) for limit, value in zip(limits, nearest, strict=True) if value > limit.most])
+    return _answer(leasts, named, f"{single} {hint}".rstrip())
+
+
+def _hopeless(leasts: Sequence[_Least]) -> list[Limit]:
+    """Return the limits that nothing keeps, whatever the others are."""
+    return [one.limit for one in leasts if not one.kept and one.value > one.limit.most + one.limit.slack]
+
+
+def _answer(leasts: Sequence[_Least], binding: Sequence[Limit], relaxation: str) -> InfeasibleError:
+    named = _join(limit.quantity.name for limit in binding)
+    together = " together" if len(binding) > 1 and not _hopeless(leasts) else ""
+    said = "; ".join(_say(one, alone=len(leasts) == 1) for one in leasts)
     return InfeasibleError(
-        f"no plan meets {_join(limit.quantity.name for limit in binding)}"
-        f"{' together' if len(binding) > 1 else ''}: " + "; ".join(_say(one) for one in leasts) + f". {relaxation}",
+        f"no plan meets {named}{together}: {said}. {relaxation}",
         binding=[limit.quantity.name for limit in binding],
         least={one.limit.quantity.name: one.value for one in leasts},
         relaxation=relaxation,
@@ -112,10 +157,10 @@ def _ruled_out() -> InfeasibleError:
     )
 
 
-def _say(one: _Least) -> str:
+def _say(one: _Least, *, alone: bool) -> str:
     show = one.limit.quantity.show
-    others = "with all other budgets kept" if one.kept else "with all other budgets left aside"
-    return f"{one.limit.quantity.name} is limited to {show(one.limit.most)}, least {show(one.value)} {others}"
+    others = "" if alone else f" with all other budgets {'kept' if one.kept else 'left aside'}"
+    return f"{one.limit.quantity.name} is limited to {show(one.limit.most)}, least {show(one.value, up=True)}{others}"
 
 
 def _join(names: Iterable[str]) -> str:
@@ -125,21 +170,36 @@ def _join(names: Iterable[str]) -> str:
 
 def _relaxation(asker: _Asker, leasts: Sequence[_Least], binding: Sequence[Limit]) -> str:
     """Return the cheapest change: one budget to its least, or several by one common factor."""
-    single = [one for one in leasts if one.kept]
-    if single:
-        cheapest = min(single, key=lambda one: one.increase)
-        return f"Raise {_raise(cheapest.limit, cheapest.value)}."
+    single = _single(leasts)
+    if single is not None:
+        return single
+    lone = [(one.limit, one.value) for one in leasts if one.increase > 0]
+    if asker.fits([replace(one.limit, most=max(one.limit.most, one.value)) for one in leasts]):
+        return _together(lone)
     raised = _common(asker, leasts)
     if raised is None:
         names = _join([limit.quantity.name for limit in binding])
         return f"No single budget helps; raise {names} together."
+    return _together(raised)
+
+
+def _single(leasts: Sequence[_Least]) -> str | None:
+    """Return the cheapest change of one budget, or None where none helps."""
+    single = [one for one in leasts if one.kept]
+    if not single:
+        return None
+    cheapest = min(single, key=lambda one: one.increase)
+    return f"Raise {_raise(cheapest.limit, cheapest.value)}."
+
+
+def _together(raised: Sequence[tuple[Limit, float]]) -> str:
     return f"No single budget helps; raise {_join([_raise(*pair) for pair in raised])}."
 
 
 def _raise(limit: Limit, value: float) -> str:
     show = limit.quantity.show
-    share = f" (+{(value / limit.most - 1) * 100:.1f} %)" if limit.most > 0 else ""
-    return f"{limit.quantity.name} from {show(limit.most)} to {show(value)}{share}"
+    share = f", {format_growth(limit.most, value)}" if limit.most > 0 else ""
+    return f"{limit.quantity.name} from {show(limit.most)} to {show(value, up=True)}{share}"
 
 
 def _common(asker: _Asker, leasts: Sequence[_Least]) -> list[tuple[Limit, float]] | None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DROP = "accuracy drop"
 _QUANTILES: dict[Statistic, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "worst": 1.0}
-_MEMORY_NAMES = {Tier.HOST: "host memory", Tier.DEVICE: "device memory", Tier.FLASH: "flash"}
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
@@ -138,7 +137,7 @@ def _memory_checks(manifest: BundleManifest, result: BenchResult | RunStats | No
             continue
         measured, note = _measured_memory(manifest, tier, result)
         named = manifest.plan.memory_of is not None and tier is not Tier.FLASH
-        name = manifest.plan.memory_name if named else _MEMORY_NAMES[tier]
+        name = manifest.plan.memory_name if named else tier.budget_name
         yield _check(name, "bytes", limit, predicted.get(tier, limit), measured, note=note)
 
 

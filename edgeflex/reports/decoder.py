@@ -118,7 +118,7 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
         gpu_memory=decoder_device.gpu_memory_bars(plan, report.device),
         hits=decoder_sections.hits_section(plan, report.points, None if report.device else _measured_hits(runs)),
         time=decoder_sections.time_section(plan, runs),
-        uses=decoder_sections.use_section(manifest, runs),
+        uses=decoder_sections.use_section(manifest, runs, on_device=report.device is not None),
         precisions=decoder_sections.precision_section(manifest),
         quality=decoder_sections.quality_rows(manifest),
         commands=decoder_sections.commands(manifest),
@@ -252,12 +252,12 @@ def _verdicts(manifest: DecoderManifest, bench: DecoderBench | None, stats: Deco
             note=note if measured is not None else f"not measured: run edgeflex bench; {note}",
             was_measured=measured is not None,
         )
-    if "device memory" in benched:
-        yield benched["device memory"].model_copy(update={"name": "device memory"})
+    if "vram" in benched:
+        yield benched["vram"].model_copy(update={"name": "vram"})
     elif budget.vram_bytes is not None:
         told = "not measured: run edgeflex bench --device cuda"
         yield Check(
-            name="device memory",
+            name="vram",
             unit="bytes",
             limit=budget.vram_bytes,
             promised=budget.vram_bytes if manifest.plan.gpu is None else manifest.plan.gpu.memory.total_bytes,

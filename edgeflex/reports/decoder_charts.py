@@ -31,6 +31,8 @@ _ROWS_PX = (6.0, 16.0)
 _MOST_POINTS = 800  # of one cloud
 # A cell's colour tells its share of its layer's uses, in multiples of an even share.
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# And its share of the time that it was resident.
+STAYS = (0.1, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def level_sign(level: Level) -> Markup:
 # --- maps --------------------------------------------------------------------------------------------
 
 
-def expert_map(title: str, rows: Sequence[MapRow], width: float, *, side: str = "") -> Markup:
+def expert_map(title: str, rows: Sequence[MapRow], width: float, *, side: str = "", bar: str = "") -> Markup:
     """Return a map of layers (downwards) by experts (rightwards).
 
     Args:
@@ -175,6 +177,7 @@ def expert_map(title: str, rows: Sequence[MapRow], width: float, *, side: str = 
         rows: One per layer.
         width: In CSS pixels.
         side: What the bars beside the rows show; empty draws none.
+        bar: A class of theirs.
     """
     lead = 30.0 if any(row.dense for row in rows) else 0.0
     left, right = _LEFT_PX + lead, width - (_SIDE_PX if side else _RIGHT_PX)
@@ -192,7 +195,7 @@ def expert_map(title: str, rows: Sequence[MapRow], width: float, *, side: str = 
     if lead:
         parts.append(tag("text", "dense", x=_LEFT_PX, y=22, class_="axis-title"))
     if side:
-        parts += _side(side, rows, (right + 12, width - 4), height)
+        parts += _side((side, bar), rows, (right + 12, width - 4), height)
     return picture(title, width, bottom + 42, parts)
 
 
@@ -235,9 +238,9 @@ def _expert_ticks(experts: int, left: float, step: float, bottom: float) -> Iter
             yield tag("text", f"{value:g}", x=at, y=bottom + 15, text_anchor="middle", class_="tick")
 
 
-def _side(name: str, rows: Sequence[MapRow], span: tuple[float, float], height: float) -> Iterator[Markup]:
-    """Draw a bar beside each row, and its per cent where letters fit."""
-    left, right = span
+def _side(names: tuple[str, str], rows: Sequence[MapRow], span: tuple[float, float], height: float) -> Iterator[Markup]:
+    """Draw a bar beside each row, and its per cent where letters fit; ``names`` are its title and a class."""
+    (name, css), (left, right) = names, span
     room = text_width("100 %") if height >= 12 else 0.0
     wide = right - left - room - (4 if room else 0)
     yield tag("text", name, x=right, y=22, text_anchor="end", class_="axis-title")
@@ -248,7 +251,8 @@ def _side(name: str, rows: Sequence[MapRow], span: tuple[float, float], height: 
         box = {"y": top + height * 0.2, "height": height * 0.6}
         yield tag("rect", x=left, width=wide, class_="side-track", **box)
         words = tag("title", f"layer {row.name}: {row.share * 100:.1f} %")
-        yield tag("rect", words, x=left, width=wide * min(max(row.share, 0.0), 1.0), class_="side-bar", **box)
+        share = min(max(row.share, 0.0), 1.0)
+        yield tag("rect", words, x=left, width=wide * share, class_=f"side-bar {css}".strip(), **box)
         if room:
             yield tag(
                 "text", f"{row.share * 100:.0f} %", x=right, y=top + height / 2 + 4, text_anchor="end", class_="tick"
@@ -260,6 +264,13 @@ def use_cell(times_even: float) -> tuple[str, float]:
     if times_even <= 0:
         return "use never", 0.25
     return f"use u{sum(1 for level in LEVELS if times_even >= level)}", 1.0
+
+
+def stay_cell(share: float) -> tuple[str, float]:
+    """Return the cell of an expert that was resident for ``share`` of the time; those that never were are low."""
+    if share <= 0:
+        return "stay never", 0.25
+    return f"stay s{sum(1 for level in STAYS if share >= level)}", 1.0
 
 
 # --- clouds ----------------------------------------------------------------------------------------------------

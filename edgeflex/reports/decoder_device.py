@@ -110,7 +110,7 @@ def facts(record: DeviceRecord) -> Iterator[tuple[str, str]]:
     peak = "not counted" if record.peak_bytes is None else format_value(record.peak_bytes, "bytes")
     limit = "" if record.requested_bytes is None else f", limit {format_value(record.requested_bytes, 'bytes')}"
     bound, share = record.bound_token_s, record.bound_share
-    yield "device memory, at most", f"{peak}; planned {format_value(record.planned_bytes, 'bytes')}{limit}"
+    yield "vram, at most", f"{peak}; planned {format_value(record.planned_bytes, 'bytes')}{limit}"
     yield "room for experts there", format_value(record.vram_bytes, "bytes")
     yield (
         "room for experts in RAM",

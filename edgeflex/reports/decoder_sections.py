@@ -259,15 +259,43 @@ def _split(times: Sequence[TokenTime]) -> list[tuple[str, str, list[float]]]:
 
 @dataclass(frozen=True, slots=True)
 class UseSection:
-    """The map, its legend as (class, words), and per layer (name, uses, never used, busiest, its share, hits)."""
+    """The map, its legend as (class, words), and per layer (name, uses, never used, busiest, its share, hits).
+
+    ``stays`` tells how long experts were resident, where runs counted that.
+    """
 
     chart: Markup
     key: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, str, str, str, str, str], ...]
+    stays: StaySection | None
 
 
-def use_section(manifest: DecoderManifest, runs: Sequence[DecoderRunStats]) -> UseSection | None:
-    """Return how often each expert was used and how many uses were hits per layer; None where no run counted."""
+@dataclass(frozen=True, slots=True)
+class StaySection:
+    """The map, its legend as (class, words), and per layer (name, experts at a time, always, never, busiest's share).
+
+    ``words`` say what was counted.
+    """
+
+    chart: Markup
+    key: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, str, str, str, str], ...]
+    words: str
+
+
+def use_section(
+    manifest: DecoderManifest, runs: Sequence[DecoderRunStats], *, on_device: bool = False
+) -> UseSection | None:
+    """Return how often each expert was used, how many uses were hits per layer, and how long experts were resident.
+
+    Args:
+        manifest: What ran.
+        runs: Generations, summed.
+        on_device: Whether they ran on a device with a memory of its own.
+
+    Returns:
+        None where no run counted.
+    """
     uses = _summed([run.expert_uses for run in runs])
     hits, misses = (_summed([(counts,) for counts in found]) for found in _layer_counts(runs))
     layers = [layer for layer in manifest.graph.layers if layer.index < len(uses)]
@@ -298,7 +326,8 @@ def use_section(manifest: DecoderManifest, runs: Sequence[DecoderRunStats]) -> U
     title = f"Use of experts in {len(rows)} layers, and the share of look-ups that found them in memory"
     side = "hits" if any(row.share is not None for row in drawn) else ""
     chart = both_widths(lambda width: decoder_charts.expert_map(title, drawn, width, side=side))
-    return UseSection(chart, tuple(_use_key()), tuple(rows))
+    stays = _stay_section(manifest, runs, uses, on_device=on_device)
+    return UseSection(chart, tuple(_use_key()), tuple(rows), stays)
 
 
 def _summed(found: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
@@ -323,6 +352,62 @@ def _use_key() -> Iterator[tuple[str, str]]:
     yield "use u0", "rarer"
     for index, level in enumerate(decoder_charts.LEVELS):
         yield f"use u{index + 1}", f"{level:g}×"
+
+
+def _stay_section(
+    manifest: DecoderManifest, runs: Sequence[DecoderRunStats], uses: Sequence[Sequence[int]], *, on_device: bool
+) -> StaySection | None:
+    counted = [run for run in runs if run.decode_events and run.expert_residency]
+    if not counted:
+        return None
+    held = _summed([run.expert_residency for run in counted])
+    events = sum(run.decode_events for run in counted)
+    drawn, rows = [], []
+    for layer in manifest.graph.layers[: len(held)]:
+        if layer.routing is None:
+            drawn.append(MapRow(str(layer.index), (), note="dense, no experts"))
+            continue
+        counts = held[layer.index][: layer.routing.experts]
+        cells = tuple(decoder_charts.stay_cell(count / events) for count in counts)
+        drawn.append(MapRow(str(layer.index), cells, share=sum(counts) / events / len(counts)))
+        rows.append(_stay_row(str(layer.index), counts, uses[layer.index], events))
+    title = f"Residency of experts in {len(rows)} layers: the share of {events:,} events while decoding at whose end "
+    title += "each was in the cache, and the share of each layer's experts that were there on average"
+    chart = both_widths(lambda width: decoder_charts.expert_map(title, drawn, width, side="in cache", bar="stay"))
+    words = _stay_words(manifest.plan, counted, events, on_device=on_device)
+    return StaySection(chart, tuple(_stay_key()), tuple(rows), words)
+
+
+def _stay_row(name: str, counts: Sequence[int], uses: Sequence[int], events: int) -> tuple[str, str, str, str, str]:
+    busiest = max(range(len(counts)), key=lambda expert: uses[expert])
+    return (
+        name,
+        f"{sum(counts) / events:.1f} of {len(counts)}",
+        str(sum(1 for count in counts if count == events)),
+        str(sum(1 for count in counts if not count)),
+        f"{counts[busiest] / events * 100:.1f} %" if uses[busiest] else summary.ABSENT,
+    )
+
+
+def _stay_words(plan: DecoderPlan, runs: Sequence[DecoderRunStats], events: int, *, on_device: bool) -> str:
+    """Say what an event is, and what the map does not show."""
+    words = (
+        f"An event is one layer of one decoded token, or a part of it that the cache holds at once: {events:,} in "
+        f"{len(runs)} run{'' if len(runs) == 1 else 's'}, prompts not counted. An expert counts where it was in the "
+        "cache when the event was over."
+    )
+    if on_device:
+        return f"{words} The cache is the device's memory; copies in the processor's memory are not shown."
+    if plan.verdict == "fits" and not any(run.cache.evictions for run in runs):
+        return f"{words} All experts are read from the first pass on, used or not; here each counts from its first use."
+    return words
+
+
+def _stay_key() -> Iterator[tuple[str, str]]:
+    yield "stay never", "never"
+    yield "stay s0", f"less than {decoder_charts.STAYS[0] * 100:.0f} % of events"
+    for index, level in enumerate(decoder_charts.STAYS):
+        yield f"stay s{index + 1}", f"from {level * 100:.0f} %"
 
 
 # --- precision ---------------------------------------------------------------------------------------

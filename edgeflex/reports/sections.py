@@ -78,7 +78,7 @@ def check_row(check: Check, *, budget: bool) -> CheckRow:
 
 def _interval(check: Check) -> str:
     if check.low is not None and check.high is not None:
-        return f"{format_value(check.low, check.unit)} to {format_value(check.high, check.unit)}"
+        return f"{format_value(check.low, check.unit)} to {format_value(check.high, check.unit)}".replace("-", "−")
     if check.high is not None:
         return f"at most {format_value(check.high, check.unit)}"
     return f"at least {format_value(check.low, check.unit)}" if check.low is not None else ""
@@ -204,8 +204,8 @@ def _exit_row(report: Report, index: int) -> ExitRow:
     words = f"exit {point.name}: {_share(promised)} promised, {_share(measured)} measured"
     return ExitRow(
         name=point.name,
-        stage=point.stage,
-        threshold="always" if last else "never" if threshold is None else f"{threshold:.3f}",
+        stage=f"after {point.stage}" if point.stage else "at the end",
+        threshold=_leaves_from(threshold, last=last),
         promised=_share(promised),
         measured=_share(measured),
         bar=charts.share_bar(words, [("fill" if measured is not None else "fill-soft", shown or 0.0)], mark=promised),
@@ -215,6 +215,12 @@ def _exit_row(report: Report, index: int) -> ExitRow:
         auroc=f"{quality.auroc:.3f}" if quality and quality.auroc is not None else summary.ABSENT,
         latency=summary.ABSENT if latency_s is None else format_seconds(latency_s),
     )
+
+
+def _leaves_from(threshold: float | None, *, last: bool) -> str:
+    if last or (threshold is not None and threshold <= 0.0):
+        return "always"
+    return "never" if threshold is None else f"{threshold:.3f}"
 
 
 def _at(values: Sequence[_Item], index: int) -> _Item | None:
@@ -413,7 +419,7 @@ def _precision_rows(layers: Sequence[Layer], bars: Sequence[charts.LayerBar]) ->
 
 @dataclass(frozen=True, slots=True)
 class MemoryBar:
-    """One bar: whose it is, its parts as (class, name, bytes), and its picture."""
+    """One bar: whose it is, its parts as (class, name, bytes), and its picture; ``runtime`` is empty if unknown."""
 
     name: str
     parts: tuple[tuple[str, str, str], ...]
@@ -443,7 +449,7 @@ def memory_bars(report: Report) -> tuple[MemoryBar, ...]:
     scale = max([sum(size for _, _, size in parts) for _, parts in bars] + [(limit or 0) * 1.02, 1.0])
     beside = [memory.runtime_bytes, *([bench.runtime_memory_bytes] if bench is not None and len(bars) > 1 else [])]
     return tuple(
-        _memory_bar(name, parts, (scale, limit), format_value(runtime_bytes, "bytes"))
+        _memory_bar(name, parts, (scale, limit), format_value(runtime_bytes, "bytes") if runtime_bytes else "")
         for (name, parts), runtime_bytes in zip(bars, beside, strict=True)
     )
 

@@ -17,17 +17,15 @@ State = Literal["good", "bad", "unknown"]
 
 
 def format_seconds(seconds: float) -> str:
-    """Return three significant digits in milliseconds, the unit of inference latency.
-
-    Seconds are used from one second on, microseconds below ten.
+    """Return three significant digits in microseconds, milliseconds or seconds, the unit nearest below.
 
     >>> format_seconds(0.000119), format_seconds(0.0125), format_seconds(2.5), format_seconds(4e-6)
-    ('0.119 ms', '12.5 ms', '2.50 s', '4.00 µs')
+    ('119 µs', '12.5 ms', '2.50 s', '4.00 µs')
     """
     size = abs(seconds)
     if size >= 1.0:
         return f"{_significant(seconds)} s"
-    return f"{_significant(seconds * 1e3)} ms" if size >= 1e-5 or size == 0 else f"{_significant(seconds * 1e6)} µs"
+    return f"{_significant(seconds * 1e3)} ms" if size >= 1e-3 or size == 0 else f"{_significant(seconds * 1e6)} µs"
 
 
 def _significant(value: float) -> str:

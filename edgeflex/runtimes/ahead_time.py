@@ -1,16 +1,58 @@
-"""One event in time where the link goes on copying experts ahead once its uploads are done."""
+"""One event in time where the link goes on copying ahead once its uploads are done, and what copies are worth."""
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeflex.runtimes.timeline import Work, contend
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from edgeflex.runtimes.curves import Curves
     from edgeflex.runtimes.timeline import Cost, Key, Schedule
+
+
+# Worth is counted in parts of what one hit saves, and not beyond so many parts, so that few shapes of events differ.
+_WORTH_STEPS, _MOST_WORTH = 3, 6
+
+
+class Worth(NamedTuple):
+    """What it is worth to have an expert on the GPU that is likelier used than the one that leaves for it.
+
+    Attributes:
+        horizon: Passes over which its higher rate of use counts.
+        copy_s: What its copy takes.
+        saved_s: What one hit saves, a miss being served by CPU and link together.
+        beside_s: What the CPU loses while it shares the RAM with one copy.
+        least_gain: Uses a pass below which a copy ahead costs the CPU more than its hits save.
+    """
+
+    horizon: float
+    copy_s: float
+    saved_s: float
+    beside_s: float
+    least_gain: float
+
+    @classmethod
+    def of(cls, curves: Curves, size_bytes: int, horizon: float) -> Worth:
+        """Return the worth of experts of a size on a machine."""
+        copy_s, cpu_s = curves.link_s(size_bytes), curves.cpu_s(1)
+        beside_s = copy_s * (1.0 - 1.0 / curves.cpu_beside_link)
+        # costs of 0 stand in tests only
+        saved_s = 1.0 / (1.0 / cpu_s + 1.0 / copy_s) if cpu_s > 0.0 < copy_s else 0.0
+        least_gain = beside_s / (horizon * cpu_s) if horizon and cpu_s > 0.0 else inf
+        return cls(horizon, copy_s, saved_s, beside_s, least_gain)
+
+    def seconds(self, gain: float) -> float:
+        """Return the later seconds that ``gain`` uses a pass more save."""
+        steps = min(int(max(0.0, gain) * self.horizon * _WORTH_STEPS), _MOST_WORTH)
+        return self.saved_s / _WORTH_STEPS * steps
+
+    def link_price(self, gains: Iterable[float]) -> float:
+        """Return the later seconds that each of the link's saves where it copies the best of some experts ahead."""
+        return max(0.0, self.seconds(max(gains, default=0.0)) - self.beside_s) / self.copy_s if self.copy_s else 0.0
 
 
 class EventTime(NamedTuple):

@@ -243,7 +243,7 @@ def _memory_checks(plan: Plan, memory: ModelMemory) -> list[Check]:
     checks = [check]
     for tier, limit in sorted(plan.budget.memory_bytes.items()):
         if tier is not Tier.FLASH:
-            name = plan.memory_name if plan.memory_of else f"{tier.value} memory"
+            name = plan.memory_name if plan.memory_of else tier.budget_name
             expected = plan.predicted.memory_bytes.get(tier, promised)
             checks.append(_budget(name, "bytes", limit, expected, held or 0))
     if held is not None:

@@ -36,6 +36,7 @@ _REACHED = {"slow": 0.6, "likely": 0.8, "fast": 0.95}  # of a data sheet's rate
 _LEAST_SPREAD = 0.05
 _LAUNCH = {"slow": 2.0, "likely": 1.0, "fast": 0.5}
 _GPU_LAUNCH_S, _CPU_LAUNCH_S, _COPY_LATENCY_S, _DENSE_LAUNCH_S = 6e-6, 8e-6, 8e-6, 30e-6
+_SLICES = 8  # a trace does not say the experts' inner dimension; most are multiples of 256
 _CPU_OPS_PER_BYTE = 16.0  # about 1e12 operations where RAM gives 60 GB/s
 
 
@@ -47,11 +48,13 @@ class ExpertShape:
         size_bytes: Of its weights, as stored and copied.
         macs: Multiply-accumulates of one row: its number of weights.
         dense_bytes: Weights of a layer's other part, which lie on the GPU.
+        slices: In which it lies in RAM (see ``division``); 1: it is never divided.
     """
 
     size_bytes: int
     macs: int
     dense_bytes: int = 0
+    slices: int = 1
 
 
 class _Rates(NamedTuple):
@@ -103,7 +106,9 @@ def curves_of(
     dense_s = _DENSE_LAUNCH_S * launch + shape.dense_bytes / rates.gpu
     # weights of a few bits, two operations a multiply-accumulate, 16 operations a byte at the least
     more_s = 4.0 * shape.dense_bytes / rates.gpu_ops
-    return Machine(curves, Curve(((1, dense_s), (256, max(dense_s, _DENSE_LAUNCH_S * launch + 256 * more_s)))))
+    dense = Curve(((1, dense_s), (256, max(dense_s, _DENSE_LAUNCH_S * launch + 256 * more_s))))
+    part_s = max(_GPU_LAUNCH_S, _CPU_LAUNCH_S) * launch
+    return Machine(curves, dense, part_s=part_s, slices=shape.slices)
 
 
 def simulate_device(
@@ -144,7 +149,7 @@ def simulate_device(
     known = trace.sizes() if sizes is None else sizes
     ram = int(known.sum()) if ram_bytes is None else ram_bytes
     largest = int(known.max())
-    shape = ExpertShape(largest, round(largest * 8 / _stored_bits(precision)), dense_bytes)
+    shape = ExpertShape(largest, round(largest * 8 / _stored_bits(precision)), dense_bytes, _SLICES)
 
     def machine(end: End) -> Machine:
         return curves_of(
@@ -250,9 +255,14 @@ def _rates(device: DeviceProfile, end: End, ram: float | None, link: float | Non
         "the rate from RAM to the GPU": link or linked,
         "the GPU's operations per second in fp16": max(gpu_ops, default=None),
     }
-    missing = [f"{name} is not in the profile" for name, value in found.items() if value is None]
+    options = {"the rate of RAM": "--ram-rate", "the rate from RAM to the GPU": "--link"}
+    missing = [
+        f"{name} is not in the profile; {f'pass {options[name]}, or ' if name in options else ''}profile the computer"
+        for name, value in found.items()
+        if value is None
+    ]
     if missing:
-        raise InputError.collect(f"device {device.name!r} (give the rate, or profile the computer)", missing)
+        raise InputError.collect(f"device {device.name!r}", missing)
     gpu, host, across, ops = (float(value) for value in found.values() if value is not None)
     cpu_ops = [_reached(one.ops_per_s, end) for one in device.compute if one.engine == "cpu"]
     return _Rates(gpu, host, host, across, disk or stored, ops, max(cpu_ops, default=_CPU_OPS_PER_BYTE * host))
@@ -265,5 +275,6 @@ def _assumptions() -> tuple[str, ...]:
         f"Of a data sheet's rate {likely} is reached, {low} to {high}.",
         "CPU and copies share the rate of RAM, where no profile says what they lose beside each other.",
         f"Beside its bytes an expert costs {gpu} on the GPU, {cpu} on the CPU, a layer {layer}; half to twice that.",
+        f"One missing expert of an event may be divided between CPU and GPU, in {_SLICES} slices, if RAM holds all.",
         f"Where no profile says it, the CPU computes {_CPU_OPS_PER_BYTE:.0f} operations per byte of RAM's rate.",
     )

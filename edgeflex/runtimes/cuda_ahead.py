@@ -7,10 +7,14 @@ of its upload. Between events the link copies what gains most, so that room on t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from edgeflex.runtimes.ahead_time import Worth
+from edgeflex.runtimes.timeline import Active
+from edgeflex.runtimes.virtual import HORIZON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -19,14 +23,11 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.curves import Curves
     from edgeflex.runtimes.reuse import ReusePolicy
-    from edgeflex.runtimes.schedule import Active
     from edgeflex.runtimes.strategies import AheadCache
 
     Key = tuple[int, int]
 
-HORIZON = 4.0  # passes over which an expert's higher rate of use counts
 MOST_AHEAD = 4  # copies between two events; demand waits behind them
-_STEPS, _MOST_STEPS = 3, 6  # worth in parts of what a hit saves, so coarse that few shapes of events differ
 
 
 class Ahead:
@@ -36,6 +37,9 @@ class Ahead:
         cache: The tiers.
         policy: Of the upper one.
         sizes: ``[layers, experts]`` bytes.
+
+    Attributes:
+        link_price: Later seconds that each second of the link saves if it copies ahead, as ``wanted`` last found.
     """
 
     def __init__(self, cache: AheadCache, policy: ReusePolicy, sizes: NDArray[np.int64]) -> None:
@@ -47,24 +51,34 @@ class Ahead:
             (layer, expert): int(sizes[layer, expert]) for layer, expert in np.ndindex(*sizes.shape)
         }
         self._victims: list[float] = []
+        self._worth: tuple[Curves, Worth] | None = None
+        self.link_price = 0.0
 
     def ranked(self, layer: int, active: Sequence[Active], curves: Curves) -> list[Active]:
-        """Return an event's experts, the likeliest to be used again first, each with the worth of its upload."""
-        rates = self._policy.rates
-        found = sorted(active, key=lambda one: (-rates[one.key], one.key))
-        missing = [one for one in found if one.place != "gpu"]
+        """Return an event's experts, the likeliest to be used again first, each with the worth of its upload.
+
+        Args:
+            layer: Of the event.
+            active: Its experts, worth nothing yet.
+            curves: Costs.
+        """
+        rate_of, keys = self._policy.rates[layer].item, [one.key for one in active]
+        order = sorted([(-rate_of(key[1]), key, i) for i, key in enumerate(keys)])
+        found = [active[i] for _, _, i in order]
+        missing = [(i, -rate) for i, (rate, _, _) in enumerate(order) if found[i].place != "gpu"]
         count = len(missing) + MOST_AHEAD
         free_bytes = self._cache.vram.capacity_bytes - self._cache.vram.resident_bytes
         self._victims = [0.0] * min(count, free_bytes // self._largest)
         if len(self._victims) < count:
-            pinned = [self._number(one.key) for one in found]
+            pinned = [self._number(key) for key in keys]
             self._victims += [rate for _, rate in self._policy.next_victims(layer, count, pinned)]
-        saved_s = curves.cpu_s(1)
-        worth = {
-            one.key: _worth_s(rates[one.key] - victim, saved_s)
-            for one, victim in zip(missing, self._victims, strict=False)
-        }
-        return [replace(one, worth_s=worth.get(one.key, 0.0)) for one in found]
+        worth = self._worth_on(curves)
+        for (i, rate), victim in zip(missing, self._victims, strict=False):
+            worth_s = worth.seconds(rate - victim)
+            if worth_s:
+                one = found[i]
+                found[i] = Active(one.key, one.rows, one.size_bytes, one.place, one.kind, one.ram_copy, worth_s)
+        return found
 
     def wanted(self, uploaded: Sequence[Key], seconds: float, curves: Curves) -> list[Key]:
         """Return experts in RAM that are worth a copy now, the likeliest first.
@@ -74,31 +88,38 @@ class Ahead:
             seconds: Until the next event wants the link.
             curves: Costs.
         """
-        copy_s = curves.link_s(self._largest)
-        count = min(MOST_AHEAD, int(seconds / copy_s) + 1)
-        # what the processor loses beside a copy, over what a hit saves it
-        beside_s = copy_s * (1.0 - 1.0 / curves.cpu_beside_link)
-        least = beside_s / (HORIZON * max(curves.cpu_s(1), 1e-9))
+        worth, victims = self._worth_on(curves), self._victims[len(uploaded) :]
+        count = min(MOST_AHEAD, int(seconds / worth.copy_s) + 1)
+        if self._policy.likeliest_rate() - min(victims, default=inf) <= worth.least_gain:
+            self.link_price = 0.0
+            return []  # none gains more than the likeliest over the least of the victims
         likely = self._policy.likeliest_absent(count, [self._number(key) for key in uploaded])
-        found = []
-        for (number, rate), victim in zip(likely, self._victims[len(uploaded) :], strict=False):
+        found, gains = [], []
+        for (number, rate), victim in zip(likely, victims, strict=False):
             key = divmod(number, self._experts)
-            if rate - victim > least and self._cache.place(*key) == "ram":
+            if rate - victim > worth.least_gain and self._cache.place(*key) == "ram":
                 found.append(key)
+                gains.append(rate - victim)
+        self.link_price = worth.link_price(gains)
         return found
 
     def fits(self, key: Key, present: Collection[Key]) -> bool:
         """Return whether room can be made for an expert beside those of ``present`` that are on the device."""
-        held = sum(self._sizes[one] for one in present if one in self._cache.vram)
-        return self._sizes[key] + held <= self._cache.vram.capacity_bytes
+        vram = self._cache.vram
+        if self._largest * (len(present) + 1) <= vram.capacity_bytes:
+            return True
+        held = sum([self._sizes[one] for one in present if one in vram])
+        return self._sizes[key] + held <= vram.capacity_bytes
 
     def bring(self, layer: int, key: Key, present: Collection[Key]) -> tuple[Key, ...]:
         """Count an expert as copied, and return what leaves the device for it; ``present`` stays, and it fits."""
         return self._cache.bring(layer, key, self._policy, [self._number(one) for one in present])
 
+    def _worth_on(self, curves: Curves) -> Worth:
+        """Return what experts are worth on these curves, which seldom change."""
+        if self._worth is None or self._worth[0] is not curves:
+            self._worth = curves, Worth.of(curves, self._largest, HORIZON)
+        return self._worth[1]
+
     def _number(self, key: Key) -> int:
         return key[0] * self._experts + key[1]
-
-
-def _worth_s(gain: float, saved_s: float) -> float:
-    return saved_s / _STEPS * min(int(max(0.0, gain) * HORIZON * _STEPS), _MOST_STEPS)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgeflex.profiles.overlap import slowdown
+from edgeflex.runtimes.cuda_slices import first_slices, rest_of
 from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_weights import run_expert
 from edgeflex.runtimes.curves import Curve, Curves
@@ -95,6 +96,53 @@ def measure_curves(
         link_beside_cpu=slowdown(copies_s, beside_s, "a copy beside an expert of the processor").value,
         kinds=found,
     )
+
+
+@explained("measuring what parts of experts cost on the device failed")
+@torch.inference_mode()
+def measure_part_s(
+    streams: Streams,
+    host: HostExperts,
+    kinds: Mapping[Key, Kind],
+    dtype: torch.dtype,
+    curves: Curves,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return what either part of a divided expert costs beside its share of the whole, the dearer of both.
+
+    Of one row, in halves or nearly. The processor's part bears what it takes to hand the device its own.
+
+    Args:
+        streams: The device.
+        host: Computes with the processor.
+        kinds: Of all experts, in slices; the largest that is sliced is measured.
+        dtype: The device's products run in it.
+        curves: Of whole experts.
+        clock: Seconds, rising.
+
+    Raises:
+        DeviceError: The device failed.
+    """
+    kind = max((one for one in kinds.values() if one.down.slices > 1), key=lambda one: one.size_bytes)
+    count, name = kind.down.slices // 2, kind.down.precision.value
+    share = count / kind.down.slices
+    memory = streams.host(kind.size_bytes)
+    part, rest = first_slices(kind, count), rest_of(kind, count)
+    data = streams.empty((part.size_bytes,), torch.uint8).zero_()
+    given = torch.zeros((1, kind.gate_up.columns), device=streams.device)
+    device_s, asked_s = [], []
+    for _ in range(_REPEATS + 1):
+        start, begin = clock(), streams.stamp()
+        run_expert(data, part, given, dtype)
+        end = streams.stamp()
+        asked_s.append(clock() - start)
+        streams.synchronize()
+        device_s.append(streams.between(begin, end))
+    taken_s = _computed(host, rest, memory, clock, _REPEATS + 1)
+    on_device = statistics.median(device_s[1:]) - share * curves.gpu_s(1, name)
+    on_host = statistics.median(taken_s[1:]) - (1.0 - share) * curves.cpu_s(1, name) + statistics.median(asked_s[1:])
+    return max(0.0, on_device, on_host)
 
 
 def disk_rate(

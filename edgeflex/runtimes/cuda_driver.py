@@ -238,7 +238,8 @@ def _attribute(driver: Driver, attribute: int, handle: ctypes.c_int) -> int:
 class CudaContext:
     """The primary context of a device, which TensorRT works in too, with all that was allocated in it.
 
-    Everything that it handed out is given back by ``close``, last first. Addresses and handles are plain integers.
+    Everything that it handed out is given back by ``close``, graphs first, the rest last first. Addresses and handles
+    are plain integers.
     """
 
     def __init__(self, library: Any = None, index: int = 0) -> None:
@@ -250,6 +251,7 @@ class CudaContext:
         self._driver = Driver(library)
         self._stack = ExitStack()
         self._held: dict[int, tuple[int, Callable[[], None]]] = {}  # bytes on the device, and what gives them back
+        self._graphs: dict[int, ctypes.c_void_p] = {}
         device, context, previous = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         call = self._driver.call
         call("cuInit", ctypes.c_uint(0))
@@ -274,6 +276,8 @@ class CudaContext:
             if self._thread:
                 self.make_current()
         self._thread = 0
+        for graph in tuple(self._graphs):
+            self.drop(graph)
         self._stack.close()
 
     def make_current(self) -> None:
@@ -489,7 +493,7 @@ class CudaContext:
     def capture(self, stream: int, queue_work: Callable[[], None]) -> int:
         """Record what ``queue_work`` puts into ``stream``, without doing it, and return it as one graph to launch.
 
-        The stream can be used again whatever happens.
+        The stream can be used again whatever happens. The graph is there until it is dropped.
 
         Raises:
             DeviceError: Something in it cannot be recorded, or nothing was.
@@ -510,12 +514,18 @@ class CudaContext:
             self._driver.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         finally:
             self._drop_graph(graph)
-        self._stack.callback(self._driver.release, "cuGraphExecDestroy", executable)
+        self._graphs[executable.value or 0] = executable
         return executable.value or 0
 
     def launch(self, graph: int, stream: int) -> None:
         """Queue a captured graph."""
         self._driver.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+    def drop(self, graph: int) -> None:
+        """Give a captured graph back now, which must not be launched any more; another number does nothing."""
+        executable = self._graphs.pop(graph, None)
+        if executable is not None:
+            self._driver.release("cuGraphExecDestroy", executable)
 
     def _drop_graph(self, graph: ctypes.c_void_p) -> None:
         if graph.value:

@@ -3,7 +3,7 @@
 The tiers say where each expert of an event is, the scheduler which of the missing ones are copied and which the
 processor computes, and this module makes it true: places in both arenas, reads from flash, copies beside computing.
 What the device already has is computed first, copies run meanwhile, and the processor computes its part after it has
-handed the device all of its own.
+handed the device all of its own. One missing expert of an event may be divided between both (see ``division``).
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeflex.errors import DeviceError
+from edgeflex.runtimes.cuda_slices import arrange, first_slices
 from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_watch import EventWatch
 from edgeflex.runtimes.curves import Refit
+from edgeflex.runtimes.division import Divider
 from edgeflex.runtimes.engines import DeviceStats
 from edgeflex.runtimes.expert_cache import union_of
 from edgeflex.runtimes.movers import Mover, takes_direct
 from edgeflex.runtimes.residency import Pass, Residency
 from edgeflex.runtimes.schedule import Active, Scheduler, all_cpu, all_upload, static
 from edgeflex.runtimes.slots import Slots
-from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.cuda_ahead import Ahead
     from edgeflex.runtimes.cuda_decoder import DeviceEngine
+    from edgeflex.runtimes.cuda_slices import Dividing
     from edgeflex.runtimes.cuda_watch import WatchedEvent
     from edgeflex.runtimes.curves import Curves
+    from edgeflex.runtimes.division import Division
     from edgeflex.runtimes.expert_cache import ExpertCache
     from edgeflex.runtimes.movers import Read
     from edgeflex.runtimes.native import Missing
@@ -59,6 +63,8 @@ class _Sums:
     host_experts: int = 0
     ahead: int = 0
     ahead_bytes: int = 0
+    divided: int = 0
+    divided_bytes: int = 0
     host_s: float = 0.0
     upload_s: float = 0.0
     predicted_s: float = 0.0
@@ -77,6 +83,7 @@ class DeviceExperts(Residency):
         layers: Numbers of the layers with experts, ascending.
         curves: What experts cost on this machine.
         rule: A name of ``RULES``.
+        dividing: How experts are divided; None keeps them whole.
         record: Keep every event.
         mover: Makes the readers of the host's arena; a test of faults gives its own.
         clock: Seconds, rising.
@@ -94,6 +101,7 @@ class DeviceExperts(Residency):
         curves: Curves,
         *,
         rule: str = "auto",
+        dividing: Dividing | None = None,
         record: bool = False,
         mover: Callable[..., Mover] = Mover,
         clock: Callable[[], float] = time.perf_counter,
@@ -118,7 +126,8 @@ class DeviceExperts(Residency):
         self._make_tiers = tiers
         self._rule = RULES[rule]
         self._refit = Refit(curves)
-        self._scheduler = Scheduler(curves)
+        self._dividing = dividing if self._rule is None else None
+        self._decide_by(curves)
         self._passes = 0
         self._watch = EventWatch(engine.streams, clock=clock)
         self._watched: WatchedEvent | None = None  # the present event's notes
@@ -127,7 +136,8 @@ class DeviceExperts(Residency):
         self._pass_start_s = clock()
         self._sums = _Sums()
         self._empty_tiers()
-        self._memory.device_arena(self._tiers.vram.capacity_bytes)
+        staged = 0 if self._dividing is None else self._dividing.staged_bytes
+        self._memory.device_arena(self._tiers.vram.capacity_bytes, staged)
         self._arena = engine.arena(self._host_bytes())
         records = [expert.record for expert in store.experts.values()]
         whole = all(one.size_bytes % 4096 == 0 for one in records)
@@ -142,6 +152,11 @@ class DeviceExperts(Residency):
         small = self._small_bytes()
         self._vram_slots = Slots(self._tiers.vram.capacity_bytes, small)
         self._slots = Slots(ram.capacity_bytes if ram is not None else 0, small)
+
+    def _decide_by(self, curves: Curves) -> None:
+        self._scheduler = Scheduler(curves)
+        part_s = inf if self._dividing is None else self._dividing.part_s
+        self._divider = Divider(curves, part_s, lambda key: self._memory.kinds[key].down.slices)
 
     def _small_bytes(self) -> int:
         sizes = np.unique(self._store.sizes[self._store.sizes > 0])
@@ -243,6 +258,9 @@ class DeviceExperts(Residency):
             host_experts=self._sums.host_experts,
             copied_ahead=self._sums.ahead,
             ahead_bytes=self._sums.ahead_bytes,
+            divided=self._sums.divided,
+            divided_bytes=self._sums.divided_bytes,
+            staged_bytes=0 if self._dividing is None else self._dividing.staged_bytes,
             host_s=self._sums.host_s,
             upload_s=self._sums.upload_s,
             predicted_s=self._sums.predicted_s,
@@ -272,7 +290,7 @@ class DeviceExperts(Residency):
         self._watched = self._watch.begin_event(layer)
         self._landed = []
         found = self._tiers.event(present.step, layer, part, weights, decoding=present.of.decoding)
-        plan = self._planned(layer, part, found, rows)
+        plan, division = self._planned(layer, part, found, rows)
         if found.evicted_ram and self._memory.copying:
             self._engine.streams.synchronize()  # a copy ahead may still read what leaves
         self._leave_ram(found.evicted_ram)
@@ -282,15 +300,18 @@ class DeviceExperts(Residency):
         admission = self._tiers.admit(expert for _, expert in plan.uploaded)
         demoted = {key: self._memory.fetch(*key) for key in admission.demoted}
         self._make_room(admission, plan)
-        if plan.on_cpu:
+        if plan.on_cpu or division is not None:
             self._engine.bring_rows()
         fence = self._engine.streams.fence()
         ready = [key for key in plan.uploaded if self._memory.on_host(key)]
         marks = [self._upload(key, fence) for key in ready]
+        share = None if division is None else self._upload_share(division, fence)
         self._compute_resident(plan)
         for key, mark in zip(ready, marks, strict=True):
             self._compute_uploaded(key, mark)
-        self._compute_on_host([key for key in plan.on_cpu if self._memory.on_host(key)])
+        if division is not None:
+            self._compute_uploaded(division.key, share, division)
+        self._compute_on_host([key for key in plan.on_cpu if self._memory.on_host(key)], division)
         if ram:
             self._serve_read(plan, fence)
         else:
@@ -330,7 +351,10 @@ class DeviceExperts(Residency):
             self._sums.ahead += 1
             self._sums.ahead_bytes += self._size(key)
 
-    def _planned(self, layer: int, part: Sequence[int], found: TierOutcome, rows: NDArray[np.int64]) -> Schedule:
+    def _planned(
+        self, layer: int, part: Sequence[int], found: TierOutcome, rows: NDArray[np.int64]
+    ) -> tuple[Schedule, Division | None]:
+        """Return what becomes of whole experts, and what is divided beside them."""
         flash, hits = frozenset(found.flash_misses), frozenset(found.gpu_hits)
         active = [
             Active(
@@ -346,11 +370,22 @@ class DeviceExperts(Residency):
         if self._ahead_of is not None and self._rule is None:
             active = self._ahead_of.ranked(layer, active, self._refit.curves)
         plan = self._scheduler.schedule(active) if self._rule is None else self._rule(active, self._refit.curves)
+        plan, division = self._divided(plan, active)
         if self._watched is not None:
-            self._watched.planned = plan, active, self._refit.curves
+            self._watched.planned, self._watched.division = (plan, active, self._refit.curves), division
         self._sums.predicted_s += plan.span_s
+        if division is not None:
+            self._sums.predicted_link_s += division.cost.link
+            plan = _without(plan, division.key)
         self._sums.predicted_link_s += sum(self._refit.curves.link_s(self._size(key)) for key in plan.uploaded)
-        return plan
+        return plan, division
+
+    def _divided(self, plan: Schedule, active: Sequence[Active]) -> tuple[Schedule, Division | None]:
+        if self._dividing is None:
+            return plan, None
+        costs = self._scheduler.costs(active)
+        price = 0.0 if self._ahead_of is None else self._ahead_of.link_price
+        return self._divider.divide(plan, active, costs, link_price=price)
 
     def _compute_resident(self, plan: Schedule) -> None:
         if not plan.on_gpu:
@@ -372,18 +407,34 @@ class DeviceExperts(Residency):
             self._watched.uploads.append(mark)
         return mark
 
-    def _compute_uploaded(self, key: Key, mark: Any) -> None:
+    def _upload_share(self, division: Division, fence: Any) -> Any:
+        """Start the copy of what the device computes of a divided expert, and return its mark."""
+        kind = first_slices(self._memory.kinds[division.key], division.slices)
+        mark = self._memory.upload_share(*division.key, kind.size_bytes, fence)
+        self._sums.divided += 1
+        if self._begun and self._begun[0].decoding:
+            self._sums.divided_bytes += kind.size_bytes
+        if self._watched is not None:
+            self._watched.uploads.append(mark)
+        return mark
+
+    def _compute_uploaded(self, key: Key, mark: Any, division: Division | None = None) -> None:
         streams, watched = self._engine.streams, self._watched
         begin = None if watched is None else streams.stamp()
-        self._engine.compute([key[1]])
+        if division is None:
+            self._engine.compute([key[1]])
+        else:
+            self._engine.compute_share(key[1], division.slices)
         if watched is not None:
             watched.gpu.append((begin, mark, streams.stamp()))
 
-    def _compute_on_host(self, keys: Sequence[Key]) -> None:
-        if not keys:
+    def _compute_on_host(self, keys: Sequence[Key], division: Division | None = None) -> None:
+        if not keys and division is None:
             return
         start = self._clock()
         self._engine.compute_on_host([expert for _, expert in keys])
+        if division is not None:
+            self._engine.compute_rest_on_host(division.key[1], division.slices)
         end = self._clock()
         taken_s = end - start
         if self._watched is not None:
@@ -394,6 +445,7 @@ class DeviceExperts(Residency):
             curves = self._refit.curves
             kinds = [self._store.experts[key].precision.value for key in keys]
             predicted_s = curves.cpu_start_s + sum(curves.cpu_s(1, kind) for kind in kinds)
+            predicted_s += 0.0 if division is None else division.cost.cpu
             self._refit.observe("cpu", predicted_s, taken_s)
 
     # --- places and reads -----------------------------------------------------------------------------
@@ -450,6 +502,9 @@ class DeviceExperts(Residency):
         self._landed.append((read.begun_s, read.ended_s))
         del self._reads[key]
         self._verified.add(key)
+        if self._dividing is not None:
+            kind = self._memory.kinds[key]
+            arrange(self._arena[offset : offset + kind.size_bytes], self._dividing.stored[key], kind)
         self._memory.bind(*key, self._store.experts[key].precision, offset)
 
     def _serve_read(self, plan: Schedule, fence: Any) -> None:
@@ -515,31 +570,10 @@ class DeviceExperts(Residency):
         sums.stamps.clear()
         self._passes += 1
         if self._passes % _REFIT_PASSES == 0:
-            self._scheduler = Scheduler(self._refit.refit())
+            self._decide_by(self._refit.refit())
 
 
-def tier_sizes(sizes: NDArray[np.int64], device_bytes: int, host_bytes: int) -> tuple[int, int, bool]:
-    """Return the bytes of both tiers, and whether they must hold different experts.
-
-    RAM keeps copies of what the device has where it is large enough for that and one expert more; then nothing is ever
-    copied back. It is left out where it holds no expert.
-
-    Args:
-        sizes: ``[layers, experts]`` bytes, whole blocks.
-        device_bytes: What the device has for experts.
-        host_bytes: What the host has for experts.
-
-    Raises:
-        DeviceError: The device does not hold the largest expert.
-    """
-    total, largest = int(sizes.sum()), int(sizes.max(initial=0))
-    vram = min(device_bytes // 4096 * 4096, total)
-    if vram < largest:
-        raise DeviceError(
-            f"{format_bytes(max(0, device_bytes))} of the device are left for experts, and the largest takes "
-            f"{format_bytes(largest)}. Give more of the device's memory, or fewer tokens of context."
-        )
-    ram = min(host_bytes // 4096 * 4096, total)
-    if ram < largest:
-        return vram, 0, False
-    return vram, ram, ram < min(total, vram + largest)
+def _without(plan: Schedule, divided: Key) -> Schedule:
+    """Return what a schedule does with the experts that stay whole."""
+    uploaded, on_cpu = (tuple(key for key in side if key != divided) for side in (plan.uploaded, plan.on_cpu))
+    return replace(plan, uploaded=uploaded, on_cpu=on_cpu)

@@ -52,8 +52,15 @@ class NativeExperts:
 
 
 def _matrix(shape: Shape, record: NDArray[np.uint8]) -> RawMatrix:
-    codes = record[shape.offset : shape.offset + shape.weights_bytes]
-    return RawMatrix(shape.precision, shape.rows, shape.columns, codes, record[shape.scales_offset :])
+    return RawMatrix(
+        shape.precision,
+        shape.rows,
+        shape.columns,
+        record[shape.offset :],
+        record[shape.scales_offset :],
+        shape.slices,
+        shape.pitch,
+    )
 
 
 class TorchExperts:

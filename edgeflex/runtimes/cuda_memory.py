@@ -119,6 +119,8 @@ class ExpertMemory:
         self.pinned = False
         self._host_arena: NDArray[np.uint8] | None = None
         self._arena: Tensor | None = None
+        self._stage: Tensor | None = None
+        self._share: tuple[Key, int, Any] | None = None  # whose first bytes lie there, how many, and their copy
         self._host_places: dict[Key, int] = {}
         self._places: dict[Key, int] = {}
         self._uploads: dict[Key, Any] = {}
@@ -157,16 +159,21 @@ class ExpertMemory:
         self._host_arena = found.data
         return found.data
 
-    def device_arena(self, capacity_bytes: int) -> None:
+    def device_arena(self, capacity_bytes: int, staged_bytes: int = 0) -> None:
         """Take memory of the device for experts, all at once; it is never taken again or moved.
+
+        Args:
+            capacity_bytes: Of residents.
+            staged_bytes: Where shares of experts arrive.
 
         Raises:
             DeviceError: The device refused.
         """
         self._places.clear()
-        self._arena = None
-        with explained(f"the device gives no {format_bytes(capacity_bytes)} for experts"):
+        self._arena = self._stage = self._share = None
+        with explained(f"the device gives no {format_bytes(capacity_bytes + staged_bytes)} for experts"):
             self._arena = self.streams.empty((capacity_bytes,), torch.uint8)
+            self._stage = self.streams.empty((staged_bytes,), torch.uint8) if staged_bytes else None
 
     def bind(self, layer: int, expert: int, precision: Precision, offset: int) -> None:
         """Say that an expert's record lies at ``offset`` of the host's arena.
@@ -213,6 +220,47 @@ class ExpertMemory:
         self._places[layer, expert] = offset
         self._uploads[layer, expert] = mark
         return mark
+
+    @_MOVING
+    def upload_share(self, layer: int, expert: int, size_bytes: int, after: Any) -> Any:
+        """Start copying the first bytes of an expert to where shares arrive; it stays where it lies.
+
+        Args:
+            layer: Its layer.
+            expert: Its number, bound.
+            size_bytes: How many.
+            after: As of ``upload``: the share before is computed ahead of it.
+
+        Returns:
+            The copy's mark; see ``Streams.upload``.
+
+        Raises:
+            InputError: No such expert, it is not on the host, or there is no room for so many.
+            DeviceError: The device failed.
+        """
+        source = self.host_record(layer, expert)[:size_bytes]
+        held = 0 if self._stage is None else self._stage.numel()
+        if self._stage is None or not 0 < size_bytes <= min(held, source.size):
+            raise InputError(
+                f"expert {expert} of layer {layer}: {size_bytes} of its bytes do not fit into {held} for shares. "
+                "Mend the caller."
+            )
+        mark = self.streams.upload(self._stage[:size_bytes], torch.from_numpy(source), after)
+        self._share = (layer, expert), size_bytes, mark
+        return mark
+
+    def share(self, layer: int, expert: int) -> Tensor:
+        """Return the first bytes of an expert on the device; what is computed from them waits for their copy.
+
+        Raises:
+            InputError: They were not copied, or taken already.
+        """
+        if self._stage is None or self._share is None or self._share[0] != (layer, expert):
+            raise InputError(f"no share of expert {expert} of layer {layer} is on the device. Mend the caller.")
+        (_, size_bytes, mark), self._share = self._share, None
+        self.streams.wait(mark)
+        self._marks.append(mark)
+        return self._stage[:size_bytes]
 
     def drop(self, layer: int, expert: int) -> None:
         """Forget where an expert lies on the device; what is computed or copied later waits for its copy."""
@@ -325,12 +373,13 @@ class ExpertMemory:
         for held in (self._places, self._uploads, self._host_places):
             held.clear()
         self._marks.clear()
+        self._share = None
 
     def close(self) -> None:
         """Give both arenas back, after copies that are under way."""
         with suppress(RuntimeError):  # a lost device has none
             self.streams.synchronize()
-        self._arena = None
+        self._arena = self._stage = self._share = None
         self._places.clear()
         self._uploads.clear()
         self._marks.clear()

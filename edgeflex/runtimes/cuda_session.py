@@ -15,13 +15,15 @@ import torch
 
 from edgeflex.errors import DeviceError, InputError
 from edgeflex.runtimes.cuda_ahead import Ahead
-from edgeflex.runtimes.cuda_curves import disk_rate, measure_curves
+from edgeflex.runtimes.cuda_curves import disk_rate, measure_curves, measure_part_s
 from edgeflex.runtimes.cuda_decoder import DeviceEngine
-from edgeflex.runtimes.cuda_experts import RULES, DeviceExperts, tier_sizes
+from edgeflex.runtimes.cuda_experts import RULES, DeviceExperts
 from edgeflex.runtimes.cuda_host import open_host
 from edgeflex.runtimes.cuda_memory import device_bytes
+from edgeflex.runtimes.cuda_slices import Dividing, sliced
 from edgeflex.runtimes.cuda_streams import open_streams
 from edgeflex.runtimes.cuda_weights import open_experts
+from edgeflex.runtimes.division import pays, staged_bytes
 from edgeflex.runtimes.engines import OpenedDevice
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.policies import DEFAULT_POLICY
@@ -31,7 +33,7 @@ from edgeflex.runtimes.tiers import TieredCache
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from edgeflex.runtimes.cuda_host import HostExperts
     from edgeflex.runtimes.cuda_memory import DeviceBytes
     from edgeflex.runtimes.cuda_streams import Streams
+    from edgeflex.runtimes.cuda_weights import Kind
     from edgeflex.runtimes.curves import Curves
     from edgeflex.runtimes.engines import DeviceRequest, DeviceStats
     from edgeflex.runtimes.packed import PackedStore
@@ -61,6 +64,7 @@ def open_device(
     streams: Streams | None = None,
     host: HostExperts | None = None,
     curves: Curves | None = None,
+    part_s: float | None = None,
     mover: Callable[..., Mover] = Mover,
     clock: Callable[[], float] = time.perf_counter,
 ) -> OpenedDevice:
@@ -74,6 +78,8 @@ def open_device(
         streams: The device; None opens the one that ``request`` names.
         host: Computes experts with the processor; None opens what this machine has.
         curves: What experts cost; None measures it now.
+        part_s: What each part of a divided expert costs beside its share; None measures it with the curves, and where
+            those are given divides nothing.
         mover: Makes the readers.
         clock: Seconds, rising.
 
@@ -85,20 +91,41 @@ def open_device(
     _refuse_unknown(request)
     device = streams or open_streams(request.device)
     dtype = _DTYPES[request.precision or ("fp32" if device.device.type == "cpu" else "bf16")]
-    store, kinds = open_experts(folder, manifest)
+    store, stored = open_experts(folder, manifest)
     sizes = {"context_tokens": request.context_tokens, "chunk_tokens": request.chunk_tokens}
-    fixed = device_bytes(manifest, kinds, dtype, library_bytes=device.library_bytes, **sizes)
-    tiers = _tiers(store, fixed, manifest, request, device)
+    fixed = device_bytes(manifest, stored, dtype, library_bytes=device.library_bytes, **sizes)
+    divides = request.rule == "auto" and (curves is None or part_s is not None)
+    kinds = {key: sliced(kind) for key, kind in stored.items()} if divides else stored
+    divides = any(kind.down.slices > 1 for kind in kinds.values())
+    tiers, staged = _tiers(store, fixed, manifest, request, device, divides=divides)
+    kinds = kinds if staged else stored
     processor = host or open_host(request.threads, progress)
-    engine = DeviceEngine(folder, manifest, kinds, device, processor, dtype=dtype, clock=clock, **sizes)
+    engine = DeviceEngine(folder, manifest, stored, device, processor, dtype=dtype, clock=clock, **sizes)
     try:
         engine.load()
         known = curves or measure_curves(device, processor, kinds, dtype, progress=progress, clock=clock)
         if curves is None:
             known = replace(known, disk_bytes_per_s=disk_rate(store, mover, clock=clock))
+        dividing = None
+        if staged:
+            launch_s = measure_part_s(device, processor, kinds, dtype, known, clock=clock) if part_s is None else part_s
+            if _pays(known, launch_s, kinds):
+                dividing = Dividing(launch_s, staged, stored)
+                engine.lay(kinds)
+            else:
+                tiers, staged = _tiers(store, fixed, manifest, request, device, divides=False)
         layers = [layer.index for layer in manifest.graph.layers if layer.routing is not None]
         experts = DeviceExperts(
-            engine, store, tiers, layers, known, rule=request.rule, record=request.record, mover=mover, clock=clock
+            engine,
+            store,
+            tiers,
+            layers,
+            known,
+            rule=request.rule,
+            dividing=dividing,
+            record=request.record,
+            mover=mover,
+            clock=clock,
         )
         if "static" in {request.rule, request.policy} and request.static is not None:
             experts.warm(request.static)
@@ -115,12 +142,18 @@ def open_device(
         return replace(
             experts.stats(),
             rule=request.rule,
-            fixed_bytes=fixed.total,
+            fixed_bytes=fixed.total + staged,
             requested_bytes=request.vram_bytes,
             peak_bytes=device.peak_bytes(),
         )
 
     return OpenedDevice(engine, store, experts, stats)
+
+
+def _pays(curves: Curves, part_s: float, kinds: Mapping[tuple[int, int], Kind]) -> bool:
+    """Return whether it is worth it to lay experts out in slices."""
+    largest = max(kinds.values(), key=lambda one: one.size_bytes)
+    return pays(curves, part_s, size_bytes=largest.size_bytes, slices=largest.down.slices)
 
 
 def _refuse_unknown(request: DeviceRequest) -> None:
@@ -136,9 +169,15 @@ def _refuse_unknown(request: DeviceRequest) -> None:
 
 
 def _tiers(
-    store: PackedStore, fixed: DeviceBytes, manifest: DecoderManifest, request: DeviceRequest, device: Streams
-) -> Callable[[], tuple[TieredCache, Ahead | None]]:
-    """Divide the memories, and return what makes the tiers' books."""
+    store: PackedStore,
+    fixed: DeviceBytes,
+    manifest: DecoderManifest,
+    request: DeviceRequest,
+    device: Streams,
+    *,
+    divides: bool,
+) -> tuple[Callable[[], tuple[TieredCache, Ahead | None]], int]:
+    """Divide the memories, and return what makes the tiers' books, and the bytes where shares of experts arrive."""
     total = int(store.sizes.sum())
     given = request.vram_bytes
     if given is None:
@@ -152,10 +191,13 @@ def _tiers(
             f"{format_bytes(fixed.key_values)} of keys and values and {format_bytes(fixed.work)} to work in: {error}"
         ) from None
     exclusive = exclusive or (request.exclusive and ram > 0)
+    largest = int(store.sizes.max(initial=0))
+    staged = staged_bytes(vram, ram, total_bytes=total, largest_bytes=largest, exclusive=exclusive) if divides else 0
+    vram -= staged
     logger.debug("tiers: %d bytes on the device, %d in RAM, exclusive %s", vram, ram, exclusive)
     top_k = max((layer.routing.top_k for layer in manifest.graph.layers if layer.routing), default=0)
     if request.policy == ReusePolicy.name:
-        return functools.partial(_foretelling, store.sizes, vram, ram, exclusive=exclusive, top_k=top_k)
+        return functools.partial(_foretelling, store.sizes, vram, ram, exclusive=exclusive, top_k=top_k), staged
     order = None if request.static is None else tuple(request.static)
 
     def plain() -> tuple[TieredCache, None]:
@@ -174,7 +216,7 @@ def _tiers(
         return made, None
 
     plain()  # refuses what is impossible before anything is loaded
-    return plain
+    return plain, staged
 
 
 def _foretelling(
@@ -188,3 +230,30 @@ def _foretelling(
 def _all_of(device: Streams, needed: int) -> int:
     free = device.free_bytes()
     return needed if free is None else min(needed, int(free * _SHARE))
+
+
+def tier_sizes(sizes: NDArray[np.int64], device_bytes: int, host_bytes: int) -> tuple[int, int, bool]:
+    """Return the bytes of both tiers, and whether they must hold different experts.
+
+    RAM keeps copies of what the device has where it is large enough for that and one expert more; then nothing is ever
+    copied back. It is left out where it holds no expert.
+
+    Args:
+        sizes: ``[layers, experts]`` bytes, whole blocks.
+        device_bytes: What the device has for experts.
+        host_bytes: What the host has for experts.
+
+    Raises:
+        DeviceError: The device does not hold the largest expert.
+    """
+    total, largest = int(sizes.sum()), int(sizes.max(initial=0))
+    vram = min(device_bytes // 4096 * 4096, total)
+    if vram < largest:
+        raise DeviceError(
+            f"{format_bytes(max(0, device_bytes))} of the device are left for experts, and the largest takes "
+            f"{format_bytes(largest)}. Give more of the device's memory, or fewer tokens of context."
+        )
+    ram = min(host_bytes // 4096 * 4096, total)
+    if ram < largest:
+        return vram, 0, False
+    return vram, ram, ram < min(total, vram + largest)

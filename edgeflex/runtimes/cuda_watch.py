@@ -13,14 +13,16 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from edgeflex.runtimes.ahead_time import event_time
 from edgeflex.runtimes.curves import RESOURCES
-from edgeflex.runtimes.timeline import simulate
+from edgeflex.runtimes.timeline import cost_of
 from edgeflex.schema_gpu import EventTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edgeflex.runtimes.curves import Curves
+    from edgeflex.runtimes.division import Division
     from edgeflex.runtimes.timeline import Active, Schedule
 
     Span = tuple[float, float]
@@ -101,6 +103,7 @@ class WatchedEvent:
     start_s: float
     ahead: list[Any]
     planned: tuple[Schedule, Sequence[Active], Curves] | None = None
+    division: Division | None = None
     end: Any = None
     uploads: list[Any] = field(default_factory=list)
     gpu: list[tuple[Any, Any, Any]] = field(default_factory=list)  # stamp, mark that it waited for, stamp
@@ -230,14 +233,17 @@ class EventWatch:
         )
         if event.planned is not None:
             planned, active, curves = event.planned
-            busy = simulate(planned, active, curves).busy_s
+            costs = {one.key: cost_of(one, curves) for one in active}
+            if event.division is not None:
+                costs[event.division.key] = event.division.cost
+            busy_s = event_time(planned, costs, curves).busy_s
             self._sample.add(
                 EventTime(
                     layer=event.layer,
                     decoding=event.decoding,
                     predicted_s=planned.span_s,
                     actual_s=max(0.0, span_s),
-                    predicted_busy_s=_rounded([busy[one] for one in RESOURCES]),
+                    predicted_busy_s=_rounded(busy_s),
                     actual_busy_s=_rounded(found.busy_s),
                 )
             )

@@ -95,6 +95,9 @@ class Shape(NamedTuple):
         columns: Inputs.
         offset: Of the codes.
         scales_offset: Of the scales; 0 for fp32.
+        slices: In which it lies, each a matrix of its own in the bundle's form (see ``cuda_slices``).
+        pitch: Bytes from one slice's codes to the next one's, and from scales to scales.
+        across: Slices are columns; else each is rows of the upper half and the same ones of the lower.
     """
 
     precision: Precision
@@ -102,6 +105,9 @@ class Shape(NamedTuple):
     columns: int
     offset: int
     scales_offset: int
+    slices: int = 1
+    pitch: int = 0
+    across: bool = False
 
     @property
     def numbers(self) -> int:
@@ -139,6 +145,8 @@ def kind_of(pair: Pair, size_bytes: int) -> Kind:
 
 def restored(data: Tensor, shape: Shape, dtype: torch.dtype) -> Weight:
     """Return the matrices whose raw bytes lie in ``data`` ``[n, bytes]`` (or ``[bytes]``: one matrix) on the device."""
+    if shape.slices > 1:
+        return _joined(data, shape, dtype)
     size = (*data.shape[:-1], shape.rows, shape.columns)
     codes = data[..., shape.offset : shape.offset + shape.weights_bytes]
     if shape.precision is Precision.FP32:
@@ -159,6 +167,49 @@ def _int4(data: Tensor, codes: Tensor, shape: Shape, dtype: torch.dtype) -> Tens
     scales = data[..., shape.scales_offset : shape.scales_offset + 2 * count].view(torch.bfloat16)
     grouped = values.view(*data.shape[:-1], count, _GROUP)
     return grouped.sub_(_INT4_ZERO).mul_(scales.unsqueeze(-1).to(dtype))
+
+
+def _joined(data: Tensor, shape: Shape, dtype: torch.dtype) -> Weight:
+    """Return matrices that lie in slices, as if they did not: the same numbers in the same places."""
+    values = torch.empty((*data.shape[:-1], shape.rows, shape.columns), dtype=dtype, device=data.device)
+    room = _slices(values, shape)
+    one = room.shape[data.dim() :]  # of a slice: [rows, columns], or [2, rows, columns]
+    codes = _pieces(data, shape.offset, shape.weights_bytes // shape.slices, shape)
+    if shape.precision is Precision.FP32:
+        room.copy_(codes.view(torch.float32).unflatten(-1, one))
+        return Weight(values, None)
+    if shape.precision is Precision.INT8_DYNAMIC:
+        room.copy_(codes.view(torch.int8).unflatten(-1, one))
+        found = _row_scales(data, shape)
+        return Weight(values.mul_(found.unsqueeze(-1)), None) if dtype is torch.float32 else Weight(values, found)
+    pairs, halves = room.unflatten(-1, (-1, 2)), codes.unflatten(-1, (*one[:-1], one[-1] // 2))
+    pairs[..., 0] = halves & 15
+    pairs[..., 1] = halves >> 4
+    groups = one[-1] // _GROUP
+    size_bytes = 2 * shape.numbers // _GROUP // shape.slices
+    scales = _pieces(data, shape.scales_offset, size_bytes, shape).view(torch.bfloat16)
+    scales = scales.unflatten(-1, (*one[:-1], groups)).unsqueeze(-1).to(dtype)
+    room.unflatten(-1, (groups, _GROUP)).sub_(_INT4_ZERO).mul_(scales)
+    return Weight(values, None)
+
+
+def _slices(values: Tensor, shape: Shape) -> Tensor:
+    """Return a view ``[..., slices, rows, columns]`` of matrices, or ``[..., slices, 2, rows, columns]`` of halves."""
+    if shape.across:
+        return values.unflatten(-1, (shape.slices, -1)).transpose(-3, -2)
+    return values.unflatten(-2, (2, shape.slices, -1)).transpose(-4, -3)
+
+
+def _pieces(data: Tensor, offset: int, size_bytes: int, shape: Shape) -> Tensor:
+    """Return a view ``[..., slices, size_bytes]`` of what each slice has at ``offset`` of it."""
+    return data[..., offset:].unfold(-1, size_bytes, shape.pitch)[..., : shape.slices, :]
+
+
+def _row_scales(data: Tensor, shape: Shape) -> Tensor:
+    if shape.across:  # a row's scale is that of all slices
+        return data[..., shape.scales_offset : shape.scales_offset + 4 * shape.rows].view(torch.float32)
+    found = _pieces(data, shape.scales_offset, 4 * shape.rows // shape.slices, shape).view(torch.float32)
+    return found.unflatten(-1, (2, -1)).transpose(-3, -2).flatten(-3)
 
 
 def feed_forward(gate_up: Tensor) -> Tensor:

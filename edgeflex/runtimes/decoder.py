@@ -30,6 +30,7 @@ from edgeflex.runtimes.residency import Pass, Residency, cache_limit, trace_of
 from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
 from edgeflex.schema import Conditions
 from edgeflex.schema_moe import DecoderRunStats, TokenTime
+from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -289,7 +290,7 @@ class DecoderSession:
             self._disturbed = False
         self._position, self._unread = position, []
         number = 0 if self._run is None else self._run.number + 1
-        run = Run(number, len(prompt), experts.cache.stats(), experts.uses())
+        run = Run(number, len(prompt), experts.cache.stats(), experts.uses(), experts.cache.occupancy())
         self._run = run
         return self._answer(engine, experts, run, tokens, max_tokens, sampler or Sampler(), stops)
 
@@ -392,6 +393,7 @@ class DecoderSession:
             raise DeviceError("there are no statistics: nothing was generated yet. Call generate first.")
         if not self._disturbed:
             experts.settle()
+        stays = experts.cache.occupancy().since(run.stays)
         return DecoderRunStats(
             manifest_digest=self.manifest.digest(),
             device=device,
@@ -407,6 +409,8 @@ class DecoderSession:
             before=before or Conditions(),
             after=after or Conditions(),
             expert_uses=tuple(map(tuple, (experts.uses() - run.uses).tolist())),
+            decode_events=stays.events,
+            expert_residency=stays.resident,
             stopped_by=run.stopped_by,
         )
 
@@ -443,9 +447,8 @@ class DecoderSession:
                 "--prefetch out"
             )
         if self._settings.device is None and self._settings.vram_bytes is not None:
-            faults.append(
-                f"--vram {self._settings.vram_bytes} is of a GPU's memory. Name it with --device cuda, or leave it out"
-            )
+            size = format_bytes(self._settings.vram_bytes)
+            faults.append(f"--vram {size} is of a GPU's memory. Name it with --device cuda, or leave it out")
         if faults:
             raise InputError.collect("the run's settings", faults)
         require_engine(self.folder, self.manifest)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
 from edgeflex.bundle_moe import open_decoder_bundle
-from edgeflex.errors import BundleError, InputError
+from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.progress import Silent
+from edgeflex.runtimes.cuda_driver import driver_problem
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.decoder_measure import Reply, Task, answer
 from edgeflex.runtimes.device_record import merged
@@ -74,6 +76,7 @@ def bench_decoder(
     *,
     max_tokens: int,
     repeats: int,
+    answers: Sequence[Sequence[int]] | None = None,
     settings: Settings | None = None,
     device: str = "this machine",
     conditions: Callable[[], Conditions] = Conditions,
@@ -90,6 +93,7 @@ def bench_decoder(
         prompts: Token numbers.
         max_tokens: At most so many answered per prompt.
         repeats: Processes.
+        answers: Token numbers that are taken for each prompt's answer, instead of what the decoder would say.
         settings: What differs from the plan; then the plan's promises about speed and hits are not judged.
         device: What the machine is called in the record.
         conditions: Reads the machine's state, before and after each repeat.
@@ -116,7 +120,10 @@ def bench_decoder(
         raise InputError.collect("the benchmark", faults)
     chosen = _plain(settings)
     manifest = DecoderSession.from_bundle(folder, chosen).manifest
-    tasks = [Task(prompt=tuple(prompt), max_tokens=max_tokens) for prompt in prompts]
+    tasks = [
+        Task(prompt=tuple(prompt), max_tokens=max_tokens, forced=tuple(answer))
+        for prompt, answer in zip(prompts, answers or repeat(()), strict=False)
+    ]
     shown = progress or Silent()
     if chosen.device is None:
         answer(folder, chosen, (), device)  # packs, which a device needs not
@@ -134,7 +141,7 @@ def bench_decoder(
     return DecoderBench(
         manifest_digest=manifest.digest(),
         runs=measured.runs,
-        checks=(*_bench_checks(manifest, measured), *_device_checks(manifest, record)),
+        checks=(*_bench_checks(manifest, measured), *_device_checks(manifest, record), *_way_checks(folder, manifest)),
         device=record,
     )
 
@@ -174,7 +181,7 @@ def _other_settings(manifest: DecoderManifest, chosen: Settings) -> str:
         "prefetch": (chosen.prefetch_depth, plan.prefetch_depth),
         "context": (chosen.context_tokens, plan.context_tokens),
         "chunks of prompts": (chosen.chunk_tokens, plan.prefill_chunk_tokens),
-        "GPU memory": (chosen.vram_bytes, plan.budget.vram_bytes),
+        "vram": (chosen.vram_bytes, plan.budget.vram_bytes),
     }
     others = [name for name, (value, planned) in pairs.items() if value is not None and value != planned]
     return f"run with other settings than the plan's: {', '.join(others)}" if others else ""
@@ -314,11 +321,30 @@ def _device_checks(manifest: DecoderManifest, record: DeviceRecord | None) -> li
     promised = record.planned_bytes if gpu is None else gpu.memory.total_bytes
     note = "by PyTorch's allocator" if peak is not None else "not measured: nobody counts this device's memory"
     ok = peak is not None and peak <= promised
-    checks = [_check("device memory", "bytes", promised, peak, ok=ok, high=promised, note=note)]
+    checks = [_check("vram", "bytes", promised, peak, ok=ok, high=promised, note=note)]
     limit = record.requested_bytes if manifest.plan.budget.vram_bytes is None else manifest.plan.budget.vram_bytes
     if limit is not None:
         ok = peak is not None and peak <= limit
-        checks.append(_check("device memory budget", "bytes", promised, peak, ok=ok, limit=limit, note=note))
+        checks.append(_check("vram budget", "bytes", promised, peak, ok=ok, limit=limit, note=note))
+    return checks
+
+
+def _way_checks(folder: Path, manifest: DecoderManifest) -> list[Check]:
+    """Return how experts get their weights in TensorRT, against the other way, as ``build`` measured both here."""
+    if manifest.backend != "tensorrt":
+        return []
+    from edgeflex.runtimes.tensorrt_ways import kept_ways
+
+    checks = []
+    for one in kept_ways(folder):
+        if one.inputs_s is None or one.refit_s is None:
+            continue
+        taken, other = (one.inputs_s, one.refit_s) if one.way == "inputs" else (one.refit_s, one.inputs_s)
+        if taken > other:  # the other way was refused, for what it computes
+            continue
+        rival = "refit" if one.way == "inputs" else "inputs"
+        note = f"an expert that is not on the device, as measured when it was built; promised is what {rival} takes"
+        checks.append(_check(f"{one.segment} by {one.way}", "s", other, taken, ok=True, note=note))
     return checks
 
 
@@ -392,15 +418,16 @@ def verify_decoder(
         they were not measured.
 
     Raises:
-        InputError: ``folder`` is not a bundle's.
+        InputError: ``folder`` is not a bundle's, or a setting is impossible.
         BundleError: The manifest is damaged, or a file is missing, of another size or outside the folder.
-        DeviceError: The process failed.
+        DeviceError: There is no such device, or the process failed.
     """
     chosen = _plain(settings)
     if chosen.device is not None:
         chosen = replace(chosen, record=True)
     bundle = open_decoder_bundle(folder)
     manifest = bundle.manifest
+    _refuse_place(folder, manifest, chosen)
     shown = progress or Silent()
     files = _files_check(bundle, shown)
     if not files.ok:
@@ -423,6 +450,14 @@ def verify_decoder(
         _cache_check(manifest, reply.runs),
         *counted,
     )
+
+
+def _refuse_place(folder: Path, manifest: DecoderManifest, chosen: Settings) -> None:
+    """Refuse what can be seen to be impossible before thousands of files are read."""
+    DecoderSession(folder, manifest, chosen)
+    problem = driver_problem() if chosen.device == "cuda" else None
+    if problem is not None:
+        raise DeviceError(f"there is no CUDA device to answer on: {problem}")
 
 
 def _files_check(bundle: DecoderBundle, progress: Progress) -> Check:

@@ -2,9 +2,12 @@
 
 Matrices are timed one shape and precision at a time over as many copies as the decoder has weights, since those of a
 large one come from memory and part of a small one's stays in the processor's caches; each is timed in two passes, far
-apart, and the quicker stands, so that another program's spell is not taken for the machine. What is beside them
-(attention, norms, routing, the loop) is timed on a short decoder of the same shape, whose own matrices are taken off.
-Reads go through the runtime's own readers, in records as large as an expert, with the pauses of a decoder between.
+apart, and the quicker stands, so that another program's spell is not taken for the machine. Within a decoded token
+they take longer (each meets other memory, activations lie between): how much is measured on experts of a short decoder
+of the same shape, beside the same matrices by themselves, and is in the seconds of one row. What is beside matrices
+(attention, norms, routing, the loop) is timed on that short decoder too, whose own matrices are taken off.
+Reads go through the runtime's own readers, in records as large as an expert, with a decoder's computing between, and
+spread over the whole time of measuring matrices.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import hashlib
 import os
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +33,10 @@ from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS, DecoderRates, MatrixRate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from edgeflex.progress import Progress
     from edgeflex.schema_moe import DecoderGraph
@@ -43,11 +49,12 @@ _MOST_WALKED_BYTES = 128 << 20  # more than the last cache of any supported boar
 _WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.INT8_DYNAMIC: 1.0, Precision.INT4_GROUP32: 0.5}
 _PASSES = 2
 _BATCHES = (1, 2, 4)  # experts that one event of a layer misses
-_BATCH_REPEATS = 24
+_LEAST_TURNS, _MOST_TURNS = 3, 240
 _LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less is the rounding of sums
 _PAUSE_S = 2e-4  # about what a layer computes between two reads
 _LAYERS = 2
 _DECODED = 24
+_ROUNDS = 5
 
 
 def measure_rates(
@@ -89,20 +96,31 @@ def measure_rates(
     ]
     walked = {precision: walked_bytes(graph, precision) for precision in precisions}
     seconds = dict.fromkeys(jobs, inf)
-    with heard.task("Measuring matrices", _PASSES * len(jobs)) as advance:
-        for job in _PASSES * jobs:
-            (rows, columns), precision, rows_in, count = job
-            total_bytes = walked[precision]
-            took_s = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count, total_bytes=total_bytes)
-            seconds[job] = min(seconds[job], took_s)
-            advance(1)
+    with ReadTimes(folder, _expert_bytes(graph), clock) as reads:
+        with heard.task("Measuring matrices and reads", _PASSES * len(jobs)) as advance:
+            for number, job in enumerate(_PASSES * jobs):
+                (rows, columns), precision, rows_in, count = job
+                total_bytes = walked[precision]
+                took_s = time_matrix(precision, rows, columns, rows_in=rows_in, threads=count, total_bytes=total_bytes)
+                seconds[job] = min(seconds[job], took_s)
+                for _ in range(_share(reads.turns, number, _PASSES * len(jobs))):
+                    reads.turn()
+                advance(1)
+        latency_s, rate = reads.line()
+        first_rate = reads.checked_rate()
+    in_token = _in_a_token(graph, threads[0])
     matrices = [
-        MatrixRate(rows=rows, columns=columns, precision=precision, rows_in=rows_in, threads=count, seconds=took_s)
+        MatrixRate(
+            rows=rows,
+            columns=columns,
+            precision=precision,
+            rows_in=rows_in,
+            threads=count,
+            seconds=took_s * (in_token if rows_in == 1 else 1.0),
+        )
         for ((rows, columns), precision, rows_in, count), took_s in seconds.items()
     ]
     other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
-    record_bytes = _expert_bytes(graph)
-    rate, first_rate, latency_s = measure_reads(folder, record_bytes, clock)
     return DecoderRates(
         device=device,
         matrices=tuple(matrices),
@@ -112,8 +130,14 @@ def measure_rates(
         memory_bytes_per_s=memory_bytes_per_s,
         other_token_s=other_s,
         other_prefill_token_s=other_prefill_s,
+        in_token=in_token,
         runtime_bytes=process_bytes(graph, tokenizer),
     )
+
+
+def _share(whole: int, number: int, parts: int) -> int:
+    """Return how many of ``whole`` fall to part ``number``, spread evenly."""
+    return whole * (number + 1) // parts - whole * number // parts
 
 
 def walked_bytes(graph: DecoderGraph, precision: Precision) -> int:
@@ -124,12 +148,72 @@ def walked_bytes(graph: DecoderGraph, precision: Precision) -> int:
 
 def _expert_bytes(graph: DecoderGraph) -> int:
     """Return the bytes that one int4 (or else int8) expert is read in."""
-    inner = max(layer.expert_dim for layer in graph.layers)
-    hidden = graph.hidden_dim
-    four = inner % 32 == 0 and hidden % 32 == 0
-    precision = Precision.INT4_GROUP32 if four else Precision.INT8_DYNAMIC
+    inner, hidden = max(layer.expert_dim for layer in graph.layers), graph.hidden_dim
+    precision = _smallest(graph)
     size = packed_bytes(precision, 2 * inner, hidden) + packed_bytes(precision, hidden, inner)
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _smallest(graph: DecoderGraph) -> Precision:
+    """Return int4 where the experts' shapes take it, or else int8."""
+    dims = {graph.hidden_dim, *(layer.expert_dim for layer in graph.layers if layer.routing is not None)}
+    return Precision.INT4_GROUP32 if all(one % 32 == 0 for one in dims) else Precision.INT8_DYNAMIC
+
+
+# --- matrices within a token --------------------------------------------------------------------------------
+
+
+def _in_a_token(graph: DecoderGraph, threads: int) -> float:
+    """Return how many times longer an expert's matrices take within a decoded token than by themselves."""
+    short, precision = _short(graph), _smallest(graph)
+    if not short.layers:
+        return 1.0
+    used = [
+        shape
+        for layer in short.layers
+        if layer.routing is not None
+        for shape in ((2 * layer.expert_dim, graph.hidden_dim), (graph.hidden_dim, layer.expert_dim))
+        for _ in range(layer.routing.top_k)
+    ]
+    walked = walked_bytes(graph, precision)
+    ratios = []
+    with Engine(short, context_tokens=8, chunk_tokens=1, threads=threads) as engine:
+        held = _random_weights(engine, short)
+        turn = _Rotation(engine, graph, short, precision)
+        for _ in range(_ROUNDS):
+            alone = {
+                shape: time_matrix(precision, *shape, rows_in=1, threads=threads, total_bytes=walked)
+                for shape in set(used)
+            }
+            within = [turn.expert_s() for _ in range(_DECODED)]
+            ratios.append(float(np.median(within)) / sum(alone[shape] for shape in used))
+    del held  # lived as long as the engine
+    return float(np.median(ratios))
+
+
+class _Rotation:
+    """Decodes with a short decoder whose experts lie elsewhere in each pass, as those of further layers do."""
+
+    def __init__(self, engine: Engine, graph: DecoderGraph, short: DecoderGraph, precision: Precision) -> None:
+        self._engine, self._precision, self._next = engine, precision, 0
+        self._experts = [
+            (one.index, expert) for one in short.layers for expert in range(one.routing.experts if one.routing else 0)
+        ]
+        self._stride = max(engine.expert_bytes(one.index, precision)[0] for one in short.layers)
+        experts = sum(one.routing.experts for one in graph.layers if one.routing is not None)
+        self._slots = max(1, min(experts, _MOST_WALKED_BYTES // self._stride))
+        engine.arena(self._slots * self._stride)[:] = 0
+
+    def expert_s(self) -> float:
+        """Return the seconds in experts of one pass."""
+        for number, (layer, expert) in enumerate(self._experts):
+            slot = (self._next + number) % self._slots
+            self._engine.bind(layer, expert, self._precision, slot * self._stride)
+        self._next += len(self._experts)
+        self._engine.times()
+        self._engine.forward(np.zeros(1, np.int32), 0)
+        self._engine.take_events()
+        return self._engine.times().expert_s
 
 
 # --- everything beside matrices ------------------------------------------------------------------------
@@ -137,14 +221,7 @@ def _expert_bytes(graph: DecoderGraph) -> int:
 
 def _beside_matrices(graph: DecoderGraph, threads: int, clock: Clock) -> tuple[float, float]:
     """Return seconds beside matrices of one decoded and one prompt token."""
-    sparse = [layer for layer in graph.layers if layer.routing is not None][:_LAYERS]
-    short = graph.model_copy(
-        update={
-            "layers": tuple(layer.model_copy(update={"index": index}) for index, layer in enumerate(sparse)),
-            "vocabulary": min(graph.vocabulary, 512),
-            "tied_embedding": False,
-        }
-    )
+    short = _short(graph)
     context = min(graph.context_tokens, 512)
     chunk = min(128, context // 2)
     with Engine(short, context_tokens=context, chunk_tokens=chunk, threads=threads) as engine:
@@ -163,8 +240,20 @@ def _beside_matrices(graph: DecoderGraph, threads: int, clock: Clock) -> tuple[f
             engine.take_events()
         answered_s = _answering_s(engine, graph, clock)
     del held  # lived as long as the engine
-    scale = len(graph.layers) / len(sparse)
+    scale = len(graph.layers) / len(short.layers)
     return float(np.median(decoded)) * scale + answered_s, max(prefill_s, 0.0) / chunk * scale
+
+
+def _short(graph: DecoderGraph) -> DecoderGraph:
+    """Return a decoder of the first layers with experts, and few tokens to choose from."""
+    sparse = [layer for layer in graph.layers if layer.routing is not None][:_LAYERS]
+    return graph.model_copy(
+        update={
+            "layers": tuple(layer.model_copy(update={"index": index}) for index, layer in enumerate(sparse)),
+            "vocabulary": min(graph.vocabulary, 512),
+            "tied_embedding": False,
+        }
+    )
 
 
 def _answering_s(engine: Engine, graph: DecoderGraph, clock: Clock) -> float:
@@ -214,8 +303,11 @@ def _random_weights(engine: Engine, graph: DecoderGraph) -> list[NDArray[np.uint
 # --- reads ------------------------------------------------------------------------------------------------
 
 
-def measure_reads(folder: Path, record_bytes: int, clock: Clock = time.perf_counter) -> tuple[float, float, float]:
-    """Return bytes per second of records in flight, plain and checked, and the seconds that any read begins with.
+class ReadTimes:
+    """Times records read from a file on the disk, in batches such as events miss them; a context.
+
+    A disk's speed, and how soon an idle thread awakes, change within seconds. So turns are taken one by one,
+    wherever the caller has time between other work, and the medians of all stand.
 
     Args:
         folder: On the disk; a file is written there and removed.
@@ -225,8 +317,54 @@ def measure_reads(folder: Path, record_bytes: int, clock: Clock = time.perf_coun
     Raises:
         DeviceError: The disk is full or fails.
     """
-    count = max(4, _READ_BYTES // record_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, folder: Path, record_bytes: int, clock: Clock = time.perf_counter) -> None:
+        self._record_bytes, self._clock = record_bytes, clock
+        turn_bytes = sum(_BATCHES) * record_bytes
+        self.turns = int(np.clip(2 * _READ_BYTES // turn_bytes, _LEAST_TURNS, _MOST_TURNS))
+        self._seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
+        self._kept = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as kept:
+            self._path = kept.enter_context(_written(folder, max(4, _READ_BYTES // record_bytes), record_bytes))
+            self._order = np.random.default_rng(1).permutation(max(4, _READ_BYTES // record_bytes))
+            half = max(2, len(self._order) // 2)
+            self._places, self._checked = cycle(self._order[:half].tolist()), self._order[half:]
+            memory = private_pages(4 * record_bytes)
+            self._mover = kept.enter_context(Mover(memory, direct=takes_direct(self._path)))
+            self._kept = kept.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept.close()
+
+    def turn(self) -> None:
+        """Read one batch of each size, with a decoder's computing before each."""
+        for count in _BATCHES:
+            places = islice(self._places, count)
+            records = [_record(self._path, place, self._record_bytes) for place in places]
+            _compute(_PAUSE_S)
+            self._seconds[count].append(_read_s(self._mover, records, self._clock))
+
+    def line(self) -> tuple[float, float]:
+        """Return latency in seconds and bytes per second, as all turns so far have it."""
+        medians = {count: float(np.median(took)) for count, took in self._seconds.items()}
+        return read_line(medians, self._record_bytes)
+
+    def checked_rate(self) -> float:
+        """Return bytes per second of records that were not read before and are checked as they come."""
+        digests = _digests(self._path, self._checked, self._record_bytes)
+        with self._path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        records = [_record(self._path, place, self._record_bytes, digest) for place, digest in digests.items()]
+        return _rate(self._mover, records, self._clock)
+
+
+@contextmanager
+def _written(folder: Path, count: int, record_bytes: int) -> Iterator[Path]:
+    """Write records of random bytes, which no disk can fold, and keep them out of the page cache."""
     block = np.random.default_rng(0).bytes(1 << 20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".edgeflex-", suffix=".reads") as file:
         left = count * record_bytes
@@ -235,25 +373,14 @@ def measure_reads(folder: Path, record_bytes: int, clock: Clock = time.perf_coun
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        path = Path(file.name)
-        order = np.random.default_rng(1).permutation(count)
-        half = max(2, count // 2)
-        digests = _digests(path, order[half:], record_bytes)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        memory = private_pages(4 * record_bytes)
-        with Mover(memory, direct=takes_direct(path)) as mover:
-            places = _batches(order[:half], record_bytes)
-            seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
-            for batch in places:
-                time.sleep(_PAUSE_S)
-                records = [_record(path, int(place), record_bytes) for place in batch]
-                seconds[len(batch)].append(_read_s(mover, records, clock))
-            latency_s, rate = read_line(
-                {count: float(np.median(took)) for count, took in seconds.items()}, record_bytes
-            )
-            checked = [_record(path, place, record_bytes, digest) for place, digest in digests.items()]
-            first_rate = _rate(mover, checked, clock)
-    return rate, first_rate, latency_s
+        yield Path(file.name)
+
+
+def _compute(seconds: float) -> None:
+    """Keep this core busy: one that sleeps falls idle, and then its first read costs what awaking does."""
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        pass
 
 
 def _digests(path: Path, places: NDArray[np.intp], record_bytes: int) -> dict[int, str]:
@@ -263,17 +390,6 @@ def _digests(path: Path, places: NDArray[np.intp], record_bytes: int) -> dict[in
             file.seek(place * record_bytes)
             found[place] = hashlib.sha256(file.read(record_bytes)).hexdigest()
     return found
-
-
-def _batches(order: NDArray[np.intp], record_bytes: int) -> list[NDArray[np.intp]]:
-    """Return which records are read together: batches of each size in turn, about ``_READ_BYTES`` in all."""
-    turn_bytes = sum(_BATCHES) * record_bytes
-    turns = int(np.clip(2 * _READ_BYTES // turn_bytes, 3, _BATCH_REPEATS))
-    ends = np.cumsum(np.tile(_BATCHES, turns))
-    return [
-        np.take(order, np.arange(end - count, end), mode="wrap")
-        for end, count in zip(ends, _BATCHES * turns, strict=True)
-    ]
 
 
 def read_line(seconds: Mapping[int, float], record_bytes: int) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def record_of(session: DecoderSession, runs: Sequence[DecoderRunStats]) -> Devic
         lookups=decoding.lookups,
         gpu_hits=decoding.gpu_hits,
         host_experts=done.host_experts,
-        upload_bytes=decoding.upload_bytes,
+        upload_bytes=decoding.upload_bytes + done.divided_bytes,
         ahead_bytes=done.ahead_bytes,
         flash_bytes=decoding.flash_bytes,
         passes=seen.passes,
@@ -95,7 +95,7 @@ def _bound_s(session: DecoderSession, done: DeviceStats) -> float:
     return time_bound_s(
         session.trace(),
         done.curves,
-        done.vram_bytes,
+        done.vram_bytes + done.staged_bytes,
         done.ram_bytes,
         exclusive=done.exclusive,
         sizes=store.sizes,

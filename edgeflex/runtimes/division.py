@@ -5,29 +5,98 @@ can be computed in different places and their results added up. An event of deco
 as long as the CPU needs for two or three of them, so that whole experts leave the link or the CPU idle. Dividing one
 closes that gap; two machines need no second division (McNaughton, Management Science 1959).
 
-What a runtime needs for it: records packed slice by slice, so that a share of one is one copy; a slot of VRAM that
-belongs to no resident, where the share arrives. The GPU waits for the copy's event as for any upload's, and both sides
-pay a launch.
+Experts lie in RAM slice by slice (see ``cuda_slices``), so that the first slices of one are one copy, and the CPU reads
+the rest where it lies. The copy goes to a place of VRAM that belongs to no resident (``staged_bytes``). The GPU waits
+for the copy's event as for any upload's, and both sides pay a launch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from edgeflex.runtimes.ahead_time import event_time
+from edgeflex.runtimes.schedule import Scheduler
+from edgeflex.runtimes.timeline import Active, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from edgeflex.runtimes.curves import Curves
-    from edgeflex.runtimes.timeline import Active, Cost, Key, Schedule
+    from edgeflex.runtimes.timeline import Cost, Key, Schedule
 
-__all__ = ["PARTS", "Divider", "Division"]
+__all__ = [
+    "HEAD_SHARE",
+    "SLICED_CPU",
+    "SLICES",
+    "Divider",
+    "Division",
+    "copied_share",
+    "pays",
+    "slices_of",
+    "staged_bytes",
+]
 
-PARTS = 16  # slices that a record is packed in
+SLICES = 16  # that a record lies in, at most
+GROUP = 32  # inner columns that a slice is a multiple of: four bits share a scale over so many
+HEAD_SHARE = 1 / 256  # of a record, at most, what every share needs beside its slices (scales of down in int8)
+# How much longer the kernels of the CPU take over slices, which they read in shorter pieces: on one core nothing in
+# int8 and 9 % in int4, less where the rate of memory limits. A run measures slices with its curves; a simulation takes
+# this.
+SLICED_CPU = 1.03
+_LACKING = (1, 2, 3, 4)  # experts that an event of decoding lacks, mostly
 _SAME = 1e-9
+
+
+def slices_of(inner: int) -> int:
+    """Return how many equal slices an expert of ``inner`` columns lies in; 1: it stays whole."""
+    groups, rest = divmod(inner, GROUP)
+    return 1 if rest else max(count for count in range(1, SLICES + 1) if groups % count == 0)
+
+
+def copied_share(share: float) -> float:
+    """Return what of a record is copied, at most, where a share of it is."""
+    return share + (1.0 - share) * HEAD_SHARE
+
+
+def staged_bytes(vram_bytes: int, ram_bytes: int, *, total_bytes: int, largest_bytes: int, exclusive: bool) -> int:
+    """Return the bytes of VRAM, off those for experts, where a share arrives; 0: nothing is divided.
+
+    Experts that come from flash are slow for another reason, and sliced only when they have come; so nothing is divided
+    unless RAM holds all of them.
+
+    Args:
+        vram_bytes: Of experts.
+        ram_bytes: Of experts.
+        total_bytes: Of all experts.
+        largest_bytes: Of the largest.
+        exclusive: Whether RAM keeps no copy of what VRAM holds.
+    """
+    divides = not exclusive and ram_bytes >= total_bytes and 2 * largest_bytes < vram_bytes < total_bytes
+    return largest_bytes if divides else 0
+
+
+def pays(curves: Curves, part_s: float, *, size_bytes: int, slices: int) -> bool:
+    """Return whether events that lack a few experts end earlier with one divided, though slices slow the CPU.
+
+    Args:
+        curves: Of experts in slices.
+        part_s: As of ``Divider``.
+        size_bytes: Of an expert.
+        slices: In which it lies.
+    """
+    if slices == 1 or part_s == inf:
+        return False
+    whole, divider = curves.scaled(cpu=1.0 / SLICED_CPU), Divider(curves, part_s, lambda _: slices)
+    gained_s = 0.0
+    for count in _LACKING:
+        active = [Active((0, number), 1, size_bytes, "ram") for number in range(count)]
+        costs = {one.key: cost_of(one, curves) for one in active}
+        plan, _ = divider.divide(Scheduler(curves).schedule(active), active, costs)
+        gained_s += Scheduler(whole).schedule(active).span_s - plan.span_s
+    return gained_s > 0.0
 
 
 @dataclass(frozen=True)
@@ -36,11 +105,13 @@ class Division:
 
     Attributes:
         key: The expert.
-        share: Of it that is copied and computed on the GPU.
+        slices: Of it that are copied and computed on the GPU, the first ones.
+        share: What that is of the whole.
         cost: Of the two parts together: link and GPU of one, CPU of the other.
     """
 
     key: Key
+    slices: int
     share: float
     cost: Cost
 
@@ -51,11 +122,12 @@ class Divider:
     Args:
         curves: Of the machine.
         part_s: What the second launch costs on either side; infinite: nothing is divided.
+        slices: That an expert lies in; None: ``SLICES`` for all.
     """
 
-    def __init__(self, curves: Curves, part_s: float) -> None:
-        self._curves, self._part_s = curves, part_s
-        self._known: dict[tuple[object, ...], tuple[int, float, Cost, float] | None] = {}
+    def __init__(self, curves: Curves, part_s: float, slices: Callable[[Key], int] | None = None) -> None:
+        self._curves, self._part_s, self._slices = curves, part_s, slices
+        self._known: dict[tuple[object, ...], tuple[int, int, Cost, float] | None] = {}
 
     def divide(
         self,
@@ -76,56 +148,66 @@ class Divider:
         """
         if (not plan.on_cpu and not plan.uploaded) or self._part_s == inf:
             return plan, None
-        candidates = _candidates(plan, {one.key: one for one in active}, whole)
-        shape = (
-            tuple([(one.place, one.rows, one.size_bytes, one.ram_copy, one.worth_s) for one in active]),
-            tuple([[one.key for one in active].index(key) for key, _ in candidates]),
-            link_price,
-        )
+        candidates = _candidates(plan, active, whole)
+        slices = [SLICES if self._slices is None else self._slices(key) for key in candidates]
+        keys = [one.key for one in active]
+        shape = tuple(map(_shape, active)), tuple(map(keys.index, candidates)), tuple(slices), link_price
         if shape not in self._known:
-            self._known[shape] = self._best(plan, active, costs, candidates, link_price)
+            self._known[shape] = self._best(plan, active, costs, candidates, slices, link_price)
         found = self._known[shape]
         if found is None:
             return plan, None
-        number, share, cost, span_s = found
-        key, other = candidates[number]
-        return replace(other, span_s=span_s), Division(key, share, cost)
+        number, part, cost, span_s = found
+        key = candidates[number]
+        return replace(_shared(plan, key), span_s=span_s), Division(key, part, part / slices[number], cost)
 
     def _best(
         self,
         plan: Schedule,
         active: Sequence[Active],
         costs: Mapping[Key, Cost],
-        candidates: Sequence[tuple[Key, Schedule]],
+        candidates: Sequence[Key],
+        slices: Sequence[int],
         link_price: float,
-    ) -> tuple[int, float, Cost, float] | None:
+    ) -> tuple[int, int, Cost, float] | None:
         one_of = {one.key: one for one in active}
         least_s, found = plan.span_s * (1.0 - _SAME), None
-        for number, (key, other) in enumerate(candidates):
-            uploaded = key in plan.uploaded
-            for part in range(1, PARTS):
-                cost = self._cost(costs[key], one_of[key].size_bytes, part / PARTS)
-                span_s = event_time(other, {**costs, key: cost}, self._curves).span_s
+        for number, key in enumerate(candidates):
+            other = _shared(plan, key)
+            uploaded, shared = key in plan.uploaded, dict(costs)
+            cpu_s = sum([costs[one].cpu for one in other.on_cpu if one != key])
+            link_s = sum([costs[one].link for one in other.uploaded if one != key])
+            for part in range(1, slices[number]):
+                cost = shared[key] = self._cost(costs[key], one_of[key].size_bytes, part / slices[number])
                 lost_s = one_of[key].worth_s * uploaded + link_price * (cost.link - costs[key].link * uploaded)
+                # no event ends before the work of either resource; most parts are ruled out so, and need no timeline
+                if max(cpu_s + cost.cpu, link_s + cost.link) * (1.0 - _SAME) + lost_s >= least_s:
+                    continue
+                span_s = event_time(other, shared, self._curves).span_s
                 if span_s + lost_s < least_s:
-                    least_s, found = span_s + lost_s, (number, part / PARTS, cost, span_s)
+                    least_s, found = span_s + lost_s, (number, part, cost, span_s)
         return found
 
     def _cost(self, whole: Cost, size_bytes: int, share: float) -> Cost:
         return whole._replace(
             gpu=share * whole.gpu + self._part_s,
             cpu=(1.0 - share) * whole.cpu + self._part_s,
-            link=self._curves.link_s(int(share * size_bytes)),
+            link=self._curves.link_s(int(copied_share(share) * size_bytes)),
         )
 
 
-def _candidates(plan: Schedule, one_of: Mapping[Key, Active], whole: Collection[Key]) -> list[tuple[Key, Schedule]]:
-    """Return the last expert of either side, with the schedule in which both have it, last."""
-    found = []
-    for keys in (plan.on_cpu, plan.uploaded):
-        missing = [key for key in keys if one_of[key].place == "ram" and key not in whole]
-        if missing:
-            key = missing[-1]
-            uploaded, on_cpu = ((*[one for one in side if one != key], key) for side in (plan.uploaded, plan.on_cpu))
-            found.append((key, replace(plan, uploaded=uploaded, on_cpu=on_cpu, proven=False)))
-    return found
+# all that a division depends on
+_shape = attrgetter("place", "rows", "size_bytes", "kind", "ram_copy", "worth_s")
+
+
+def _candidates(plan: Schedule, active: Sequence[Active], whole: Collection[Key]) -> list[Key]:
+    """Return the last expert of either side that may be divided."""
+    missing = {one.key for one in active if one.place == "ram" and one.key not in whole}
+    sides = [[key for key in keys if key in missing] for keys in (plan.on_cpu, plan.uploaded)]
+    return [side[-1] for side in sides if side]
+
+
+def _shared(plan: Schedule, key: Key) -> Schedule:
+    """Return the schedule in which both sides have an expert, last."""
+    uploaded, on_cpu = ((*[one for one in side if one != key], key) for side in (plan.uploaded, plan.on_cpu))
+    return replace(plan, uploaded=uploaded, on_cpu=on_cpu, proven=False)

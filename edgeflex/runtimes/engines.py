@@ -158,7 +158,11 @@ class DeviceStats:
         watched: What was seen of some passes closely.
         rule: What becomes of experts that the device lacks.
         ahead_bytes: Of the experts copied ahead.
-        fixed_bytes: Of the device beside the experts' arena: weights, keys and values, room to work in.
+        divided: Experts of which the device computed a part and the processor the rest.
+        divided_bytes: Copied for that while decoding, not counted among uploads.
+        staged_bytes: Of the device, where those copies arrive; 0 where nothing is divided.
+        fixed_bytes: Of the device beside the experts' arena: weights, keys and values, room to work in, and
+            ``staged_bytes``.
         requested_bytes: Limit that was given on all that is taken of the device; None where there was none.
         peak_bytes: The most that was held at once; None where nobody counts.
     """
@@ -180,6 +184,9 @@ class DeviceStats:
     watched: Watched
     rule: str = "auto"
     ahead_bytes: int = 0
+    divided: int = 0
+    divided_bytes: int = 0
+    staged_bytes: int = 0
     fixed_bytes: int = 0
     requested_bytes: int | None = None
     peak_bytes: int | None = None

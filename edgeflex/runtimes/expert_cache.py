@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeflex.errors import InputError
+from edgeflex.runtimes.replacement import RankedPolicy
+from edgeflex.runtimes.stays import Stays
 from edgeflex.schema_moe import DecoderCacheStats
 from edgeflex.units import format_bytes
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.runtimes.policies import Policy
+    from edgeflex.runtimes.stays import Occupancy
 
 # A prefetched expert is settled when it was used or had to leave; before so many are, no rate is believed.
 _PREFETCH_TRIAL = 64
@@ -75,6 +78,7 @@ class ExpertCache:
         policy.start(capacity_bytes, sizes)
         self._resident: list[set[int]] = [set() for _ in range(self._layers)]
         self._resident_bytes = 0
+        self._learning_bytes = _learning_bytes(policy, capacity_bytes, int(sizes.sum()))
         self._peak_bytes = 0
         self._present: tuple[int, Sequence[int]] = (0, ())
         # [decoding][layer]; an all-hit event must cost no more than a few additions
@@ -82,6 +86,7 @@ class ExpertCache:
         self._misses = [[0] * self._layers, [0] * self._layers]
         self._missed_bytes = [0, 0]
         self._evictions = 0
+        self._stays = Stays(self._layers, self._experts)
         self._prefetch_worth = prefetch_worth
         self._prefetched: dict[int, int] = {}
         self._fetched_bytes = 0
@@ -110,7 +115,9 @@ class ExpertCache:
         if misses:
             self._check_event(layer, experts)
         self._present = (layer, experts)
-        self._policy.use(step, layer, experts, weights, misses)
+        self._stays.event(decoding=decoding)
+        if self._resident_bytes < self._learning_bytes:
+            self._policy.use(step, layer, experts, weights, misses)
         if self._prefetched:
             self._settle_hits(layer, experts)
         self._hits[decoding][layer] += len(experts) - len(misses)
@@ -194,6 +201,10 @@ class ExpertCache:
         """Return the bytes that missed lookups had to read while decoding, or in prompts."""
         return self._missed_bytes[decoding]
 
+    def occupancy(self) -> Occupancy:
+        """Return how long each expert was resident while decoding, up to the last event."""
+        return self._stays.read()
+
     def stats(self) -> DecoderCacheStats:
         """Return the counters so far. Layer counts and totals are of prompts and decoding together."""
         layer_hits = tuple(map(sum, zip(*self._hits, strict=True)))
@@ -234,6 +245,7 @@ class ExpertCache:
         for of, expert in evicted:
             self._resident[of].remove(expert)
             self._resident_bytes -= self._sizes[of][expert]
+        self._stays.left(keys)
         self._evictions += len(evicted)
         if self._prefetched:
             self._settle(keys, useful=False)
@@ -241,6 +253,7 @@ class ExpertCache:
 
     def _admit(self, layer: int, experts: Sequence[int], needed_bytes: int) -> None:
         self._resident[layer].update(experts)
+        self._stays.entered(self._keys(layer, experts))
         self._policy.insert(layer, experts)
         self._resident_bytes += needed_bytes
         self._peak_bytes = max(self._peak_bytes, self._resident_bytes)
@@ -289,6 +302,16 @@ class ExpertCache:
                 f"an event of layer {layer} needs {len(experts)} experts, {format_bytes(total)}, at once and the cache "
                 f"holds {format_bytes(self._capacity_bytes)}. Split it with split_event, or give the cache more."
             )
+
+
+def _learning_bytes(policy: Policy, capacity_bytes: int, total_bytes: int) -> float:
+    """Return below how many resident bytes a policy is told of events; queues are always, to know what they hold.
+
+    Where nothing will leave, ranks are of no use; a policy that is asked by others too learns until all is there.
+    """
+    if not isinstance(policy, RankedPolicy):
+        return inf
+    return 0 if capacity_bytes >= total_bytes and not policy.foretells else total_bytes
 
 
 def _check_sizes(capacity_bytes: int, sizes: NDArray[np.int64]) -> None:
@@ -342,6 +365,9 @@ def union_of(
         experts: ``[tokens, top_k]`` ids.
         weights: ``[tokens, top_k]``, or None when unknown.
     """
+    if len(experts) == 1 and weights is not None:  # a decoded token: a tenth of the time, and the same bits
+        union, parts = zip(*sorted(zip(experts[0].tolist(), weights[0].tolist(), strict=True)), strict=True)
+        return union, parts_of_weight(parts)
     used = np.unique(experts)
     if weights is None:
         return tuple(used.tolist()), None

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeflex.runtimes.stays import Occupancy
     from edgeflex.schema_moe import DecoderCacheStats, TokenTime
 
 StoppedBy = Literal["end", "length", "stop", "context", "interrupt"]
@@ -23,6 +24,7 @@ class Run:
         prompt_tokens: Of the prompt.
         before: The cache's counters when it began.
         uses: ``[layers, experts]`` when it began.
+        stays: How long experts were resident when it began.
         tokens: So far.
         times: Of all tokens but the first.
         first_token_s: Of the first.
@@ -33,6 +35,7 @@ class Run:
     prompt_tokens: int
     before: DecoderCacheStats
     uses: NDArray[np.int64]
+    stays: Occupancy
     tokens: list[int] = field(default_factory=list)
     times: list[TokenTime] = field(default_factory=list)
     first_token_s: float = 0.0

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Raw: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
 ALIGNMENT_BYTES = 64
-_ABI = 4
+_ABI = 5
 _MISSING = 1
 _INPUT_FAULT = -1
 _CODES = {Precision.FP32: 0, Precision.INT8_DYNAMIC: 1, Precision.INT4_GROUP32: 2}
@@ -122,7 +122,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "efx_pack": (_INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER),
     "efx_time_matrix": (_INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, ctypes.POINTER(ctypes.c_double)),
     "efx_raw_create": (_SIZE, ctypes.POINTER(_POINTER)),
-    "efx_raw_expert": (_POINTER, _INT, _SIZE, _SIZE, *[_POINTER] * 5, _SIZE, _POINTER),
+    "efx_raw_expert": (_POINTER, _INT, *[_SIZE] * 4, *[_POINTER] * 5, _SIZE, _POINTER),
     "efx_create": (ctypes.POINTER(_DecoderSpec), ctypes.POINTER(_POINTER)),
     "efx_set_small": (_POINTER, _INT, _INT, _POINTER, _SIZE),
     "efx_set_matrix": (_POINTER, _INT, _INT, _INT, _SIZE, _SIZE, _POINTER, _SIZE),
@@ -364,8 +364,10 @@ class RawMatrix(NamedTuple):
         precision: Of the codes.
         rows: Outputs.
         columns: Inputs.
-        codes: Its bytes.
+        codes: Its bytes; there may be more.
         scales: Its scales' bytes; empty for fp32.
+        slices: In which both lie, each a matrix of its own: rows of gate and the same of up, or columns of down.
+        pitch: Bytes from one slice to the next.
     """
 
     precision: Precision
@@ -373,6 +375,8 @@ class RawMatrix(NamedTuple):
     columns: int
     codes: NDArray[np.uint8]
     scales: NDArray[np.uint8]
+    slices: int = 1
+    pitch: int = 0
 
 
 class RawExperts:
@@ -400,12 +404,11 @@ class RawExperts:
             InputError: The shapes do not fit each other, or bytes are missing.
         """
         given = np.ascontiguousarray(rows, dtype=np.float32)
-        hidden, inner = gate_up.columns, down.columns
         self._refuse(gate_up, down, given)
-        out = np.empty((len(given), hidden), dtype=np.float32)
+        out = np.empty((len(given), gate_up.columns), dtype=np.float32)
         places = [one.ctypes.data for one in (gate_up.codes, gate_up.scales, down.codes, down.scales, given)]
-        code = _code(gate_up.precision)
-        arguments = (self._handle, code, hidden, inner, *places, len(given), out.ctypes.data)
+        shape = (gate_up.columns, down.columns // down.slices, down.slices, down.pitch)
+        arguments = (self._handle, _code(gate_up.precision), *shape, *places, len(given), out.ctypes.data)
         _check(self._library, self._library.efx_raw_expert(*arguments))
         return out
 
@@ -417,19 +420,35 @@ class RawExperts:
 
     @staticmethod
     def _refuse(gate_up: RawMatrix, down: RawMatrix, rows: NDArray[np.float32]) -> None:
-        shapes = (gate_up.rows, gate_up.columns) == (
+        shapes = (gate_up.rows, gate_up.columns, gate_up.precision, gate_up.slices, gate_up.pitch) == (
             2 * down.columns,
             down.rows,
-        ) and gate_up.precision is down.precision
-        faults = [] if shapes and rows.ndim == 2 and rows.shape[1] == gate_up.columns else ["shapes do not fit"]
-        for one in (gate_up, down):
-            codes, scales = _raw_bytes(one.precision, one.rows, one.columns)
+            down.precision,
+            down.slices,
+            down.pitch,
+        )
+        fits = shapes and down.slices > 0 and down.columns % down.slices == 0 and down.pitch >= 0
+        faults = [] if fits and rows.ndim == 2 and rows.shape[1] == gate_up.columns else ["shapes do not fit"]
+        for one in () if faults else (gate_up, down):
+            codes, scales = _slice_bytes(one, across=one is down)
             if one.codes.size < codes or one.scales.size < scales:
                 faults.append(f"{one.codes.size} and {one.scales.size} bytes of {codes} and {scales}")
-            if one.codes.ctypes.data % 4 or (scales and one.scales.ctypes.data % 4):
+            if one.codes.ctypes.data % 4 or (scales and one.scales.ctypes.data % 4) or one.pitch % 4:
                 faults.append("bytes do not start at a multiple of 4")
         if faults:
             raise InputError.collect(f"an expert of {gate_up.rows} x {gate_up.columns} in {rows.shape} rows", faults)
+
+
+def _slice_bytes(one: RawMatrix, *, across: bool) -> tuple[int, int]:
+    """Return the bytes from the first code to the last, and from the first scale to the last."""
+    skipped = (one.slices - 1) * one.pitch
+    if across:
+        codes, scales = _raw_bytes(one.precision, one.rows, one.columns // one.slices)
+    else:
+        codes, scales = _raw_bytes(one.precision, one.rows // one.slices, one.columns)
+    if across and one.precision is Precision.INT8_DYNAMIC:  # a row's scale is that of all slices
+        return codes + skipped, scales
+    return codes + skipped, scales + (skipped if scales else 0)
 
 
 def _raw_bytes(precision: Precision, rows: int, columns: int) -> tuple[int, int]:

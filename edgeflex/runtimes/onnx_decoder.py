@@ -236,6 +236,11 @@ class OnnxEngine(StageEngine["Float32", "tuple[ExpertTemplate, Mapping[str, Any]
         left: Float32 = attended.residual + added
         return left
 
+    def _mend_past(self, position: int) -> None:
+        del position
+        for cache in self._loaded().cache:
+            cache.mend()
+
     def _check_rows(self, running: Pass[Float32]) -> None:
         if not np.isfinite(running.hidden).all():
             raise not_finite(len(self._graph.layers) - 1)

@@ -317,6 +317,11 @@ class KeyValues:
         self._keys.shaped(rows)[:, position:end] = keys
         self._values.shaped(rows)[:, position:end] = values
 
+    def mend(self) -> None:
+        """Put zeros for what is no finite number."""
+        for flat in (self._keys.flat, self._values.flat):
+            flat[~np.isfinite(flat)] = 0.0
+
     def _rows(self, filled: int) -> int:
         return past_rows(filled, self._context_tokens)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from edgeflex.errors import InputError
 from edgeflex.runtimes.replacement import RankedPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -135,6 +135,15 @@ class MrsPolicy(RankedPolicy):
         self._rerank(layer)
 
 
+class _Noted(NamedTuple):
+    """One event that the means have not been moved by yet."""
+
+    step: int
+    layer: int
+    experts: Ids
+    weights: Weights
+
+
 class EnuPolicy(RankedPolicy):
     """Evicts the expert whose next use is estimated to be the furthest.
 
@@ -178,10 +187,11 @@ class EnuPolicy(RankedPolicy):
         self._keep = keep[0], keep[1]
         self._gain = mix * (1.0 - keep[0]), (1.0 - mix) * (1.0 - keep[1])
         # both means are kept multiplied with their part of p, so that p is their sum
-        self._fast = list(np.full((layers, experts), mix * prior))
-        self._slow = list(np.full((layers, experts), (1.0 - mix) * prior))
+        both = np.full((layers, experts), mix * prior), np.full((layers, experts), (1.0 - mix) * prior)
+        self._flat_means = [means.reshape(-1) for means in both]
+        self._means = list(zip(*both, strict=True))
         self._steps = [-1] * layers
-        self._noted: list[tuple[int, int, Ids, Weights]] = []
+        self._noted: list[_Noted] = []
         self._ahead = np.zeros((layers, layers, 1))
         self._count = 1.0
 
@@ -197,36 +207,52 @@ class EnuPolicy(RankedPolicy):
     def use(self, step: int, layer: int, experts: Ids, weights: Weights, misses: Ids) -> None:
         """Note the event; the means move when they are asked for, so that hits cost next to nothing."""
         del misses
-        self._noted.append((step, layer, experts, weights))
+        self._noted.append(_Noted(step, layer, experts, weights))
         if len(self._noted) >= _MOST_NOTED:
             self._catch_up()
 
     def _catch_up(self) -> None:
         """Move the means by what was noted, in order, and rank the layers concerned anew."""
-        for step, layer, experts, weights in self._noted:
-            fast, slow = self._fast[layer], self._slow[layer]
-            if step != self._steps[layer]:  # the parts of a split event fade the layer once
-                self._steps[layer] = step
-                fast *= self._keep[0]
-                slow *= self._keep[1]
-            chosen = np.array(experts)
-            amount = self._uses(experts, weights)
-            fast[chosen] += self._gain[0] * amount
-            slow[chosen] += self._gain[1] * amount
-        for layer in {noted[1] for noted in self._noted}:
+        together: dict[int, _Noted] = {}
+        for noted in self._noted:
+            if noted.layer in together:  # events of different layers do not touch each other
+                self._move(together.values())
+                together = {}
+            together[noted.layer] = noted
+        self._move(together.values())
+        # n (1 - p) / p without its constant -n, which changes no order
+        for layer in {noted.layer for noted in self._noted}:
+            fast, slow = self._means[layer]
             rank, mask, held = self._rows[layer]
-            # n (1 - p) / p without its constant -n, which changes no order
-            np.add(self._fast[layer], self._slow[layer], out=rank)
+            np.add(fast, slow, out=rank)
             np.divide(self._count, rank, out=rank)
             np.add(rank, mask, out=held)
         self._noted.clear()
 
-    def _uses(self, experts: Ids, weights: Weights) -> float | NDArray[np.float64]:
-        """Return how much of a use this step is, for each expert or for all."""
+    def _move(self, events: Collection[_Noted]) -> None:
+        """Move the means of some layers by one event each."""
+        keys: list[int] = []
+        amounts: list[float] = []
+        for step, layer, experts, weights in events:
+            if step != self._steps[layer]:  # the parts of a split event fade the layer once
+                self._steps[layer] = step
+                for means, keep in zip(self._means[layer], self._keep, strict=True):
+                    np.multiply(means, keep, means)
+            keys += [layer * self._experts + expert for expert in experts]
+            amounts += self._uses(experts, weights)
+        where, uses = np.array(keys, dtype=np.intp), np.array(amounts)
+        for means, gain in zip(self._flat_means, self._gain, strict=True):
+            means[where] += gain * uses
+
+    def _uses(self, experts: Ids, weights: Weights) -> list[float]:
+        """Return how much of a use this step is, for each expert."""
         top_k = self._top_k or len(experts)
+        if weights is None:
+            return [top_k / len(experts) if len(experts) > top_k else 1.0] * len(experts)
         if len(experts) > top_k:
-            return top_k / len(experts) if weights is None else np.minimum(1.0, top_k * np.array(weights))
-        return 1.0 if weights is None else self._tilt * top_k * np.array(weights) + (1.0 - self._tilt)
+            return [min(1.0, top_k * weight) for weight in weights]
+        tilt, rest = self._tilt * top_k, 1.0 - self._tilt
+        return [tilt * weight + rest for weight in weights]
 
     def _score(self, layer: int) -> None:
         self._catch_up()

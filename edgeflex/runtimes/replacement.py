@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Ids = Sequence[int]
     Weights = Sequence[float] | None
+    Keys = Sequence[int] | NDArray[np.intp]
 
 ABSENT = -np.inf  # rank of what is not resident
 
@@ -25,6 +26,7 @@ class Policy(ABC):
     """What the cache asks. One object serves one cache; ``start`` is called once, before anything else."""
 
     name: ClassVar[str]
+    foretells: ClassVar[bool] = False  # whether others ask it too, beside the cache that it serves
 
     def __init__(self, layers: int, experts: int) -> None:
         self._layers = layers
@@ -54,7 +56,7 @@ class Policy(ABC):
         """Note that these experts, ascending, are resident from now on."""
 
     @abstractmethod
-    def evict(self, layer: int, pinned: Sequence[int], excess_bytes: int) -> list[int]:
+    def evict(self, layer: int, pinned: Keys, excess_bytes: int) -> list[int]:
         """Choose what leaves and forget that it was resident.
 
         Args:
@@ -96,7 +98,7 @@ class RankedPolicy(Policy):
         del layer
         np.copyto(self._scores, self._held)
 
-    def evict(self, layer: int, pinned: Sequence[int], excess_bytes: int) -> list[int]:
+    def evict(self, layer: int, pinned: Keys, excess_bytes: int) -> list[int]:
         """Choose the largest ranks; see ``Policy.evict``."""
         self._score(layer)
         scores = self._scores.reshape(-1)
@@ -108,15 +110,24 @@ class RankedPolicy(Policy):
             scores[victim] = ABSENT
             victims.append(victim)
             excess_bytes -= self._sizes[victim]
-        self._mask.reshape(-1)[victims] = ABSENT
-        self._held.reshape(-1)[victims] = ABSENT
+        self.release(victims)
         return victims
+
+    def release(self, keys: Ids) -> None:
+        """Forget that these are resident; somebody else chose them."""
+        chosen = list(keys)
+        self._mask.reshape(-1)[chosen] = ABSENT
+        self._held.reshape(-1)[chosen] = ABSENT
+
+    def residents(self) -> NDArray[np.intp]:
+        """Return the keys of all residents, ascending."""
+        return np.flatnonzero(self._mask.reshape(-1) == 0.0)
 
 
 class QueuePolicy(Policy):
     """Evicts one victim after another until enough bytes are free."""
 
-    def evict(self, layer: int, pinned: Sequence[int], excess_bytes: int) -> list[int]:
+    def evict(self, layer: int, pinned: Keys, excess_bytes: int) -> list[int]:
         """Ask for victims one by one; see ``Policy.evict``."""
         del layer
         kept = frozenset(pinned)

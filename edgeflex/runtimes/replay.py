@@ -17,6 +17,7 @@ import numpy as np
 from edgeflex.errors import InputError
 from edgeflex.runtimes.expert_cache import ExpertCache, split_event
 from edgeflex.runtimes.policies import DEFAULT_POLICY, NextUsePolicy, Policy, make_policy
+from edgeflex.runtimes.stays import Occupancy
 from edgeflex.schema_moe import MissPoint
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class ReplayResult:
         layer_misses: ``[layers]``, while decoding.
         evictions: In all.
         peak_bytes: Most bytes resident at once.
+        occupancy: How long each expert was resident while decoding.
     """
 
     policy: str
@@ -68,6 +70,7 @@ class ReplayResult:
     layer_misses: tuple[int, ...]
     evictions: int
     peak_bytes: int
+    occupancy: Occupancy
 
     @property
     def hit_rate(self) -> float:
@@ -250,6 +253,7 @@ def _through_cache(trace: Trace, cache: ExpertCache, sizes: Int64) -> ReplayResu
         layer_misses=layers.misses,
         evictions=stats.evictions,
         peak_bytes=stats.peak_bytes,
+        occupancy=cache.occupancy(),
     )
 
 
@@ -276,6 +280,7 @@ def _bypass(
     next_uses = _next_uses(parts, sizes.shape)
     lookups = np.zeros((2, 2, layers), dtype=np.int64)  # [decoding][missed][layer]
     read_bytes = [0, 0]
+    resident = np.zeros(layers * experts, dtype=np.int64)
     first_prefill_bytes = resident_bytes = peak_bytes = evictions = 0
     for (event, used), again in zip(parts, next_uses, strict=True):
         keys = [event.layer * experts + expert for expert in used]
@@ -293,6 +298,8 @@ def _bypass(
             resident_bytes -= flat[victim]
             evictions += 1
         peak_bytes = max(peak_bytes, resident_bytes)
+        if event.decoding:
+            resident += coming >= 0
     (prompt_hits, prompt_misses), (hits, misses) = lookups.sum(axis=2).tolist()
     return ReplayResult(
         policy=BELADY_BYPASS,
@@ -309,4 +316,7 @@ def _bypass(
         layer_misses=tuple(lookups[1, 1].tolist()),
         evictions=evictions,
         peak_bytes=peak_bytes,
+        occupancy=Occupancy(
+            sum(event.decoding for event, _ in parts), tuple(map(tuple, resident.reshape(layers, experts).tolist()))
+        ),
     )

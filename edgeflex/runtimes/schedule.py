@@ -12,6 +12,7 @@ goes to the CPU last, so a caller lists first what it would rather have in the G
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import InputError
@@ -20,6 +21,7 @@ from edgeflex.runtimes.schedule_rules import PointerCosts, fiddler_uploads, hybr
 from edgeflex.runtimes.schedule_search import Event, Found, Job, arrange, ends_of, search
 from edgeflex.runtimes.timeline import (
     Active,
+    Cost,
     Key,
     Lane,
     Place,
@@ -74,7 +76,8 @@ def schedule(active: Sequence[Active], curves: Curves, *, effort: int = _EFFORT)
         InputError: An expert is named twice, or has no rows, a negative size or an unknown place.
     """
     event = _event(active, curves)
-    return _scheduled(active, event, search(event, effort=effort, starts=[_pointer_choice(active, event)]))
+    found = search(event, effort=effort, starts=[_pointer_choice(active, event)])
+    return _scheduled([one.key for one in active], event, found)
 
 
 class Scheduler:
@@ -93,7 +96,8 @@ class Scheduler:
             shapes: Remembered at most; then all are forgotten.
         """
         self.curves, self._effort, self._limit = curves, effort, shapes
-        self._known: dict[tuple[object, ...], tuple[Event, Found]] = {}
+        self._known: dict[tuple[object, ...], Schedule] = {}  # of experts named (0, place in the order of shapes)
+        self._costs: dict[tuple[object, ...], Cost] = {}
 
     def schedule(self, active: Sequence[Active]) -> Schedule:
         """Return what ``schedule(active, curves)`` gives, up to the choice among equally good ones.
@@ -101,17 +105,48 @@ class Scheduler:
         Raises:
             InputError: As of ``schedule``.
         """
-        line = sorted(active, key=_shape)  # stable, so equal experts keep the caller's order
-        shape = tuple(map(_shape, line))
-        if shape not in self._known:
-            event = _event(line, self.curves)
-            if len(self._known) >= self._limit:
-                self._known.clear()
-            starts = [_pointer_choice(line, event)]
-            self._known[shape] = event, search(event, effort=self._effort, starts=starts)
-        elif len({one.key for one in line}) < len(line):
-            _event(line, self.curves)  # names the fault
-        return _scheduled(line, *self._known[shape])
+        shapes = [*map(_shape, active)]
+        order = sorted(range(len(shapes)), key=shapes.__getitem__)  # stable: equal experts keep the caller's order
+        shape = tuple([shapes[i] for i in order])
+        keys = [active[i].key for i in order]
+        plan = self._known.get(shape)
+        if plan is None or len(set(keys)) < len(keys):
+            plan = self._search(shape, [active[i] for i in order])
+        return Schedule(
+            tuple([keys[i] for _, i in plan.on_gpu]),
+            tuple([keys[i] for _, i in plan.uploaded]),
+            tuple([keys[i] for _, i in plan.on_cpu]),
+            tuple([keys[i] for _, i in plan.read]),
+            plan.gpu_s,
+            plan.cpu_s,
+            plan.link_s,
+            plan.disk_s,
+            plan.span_s,
+            plan.bound_s,
+            plan.proven,
+        )
+
+    def costs(self, active: Sequence[Active]) -> dict[Key, Cost]:
+        """Return what each expert costs, as ``cost_of`` does."""
+        return dict(zip([one.key for one in active], self._costs_of(active), strict=True))
+
+    def _costs_of(self, active: Sequence[Active]) -> list[Cost]:
+        known, shapes = self._costs, [*map(_cost_shape, active)]
+        for one, shape in zip(active, shapes, strict=True):
+            if shape not in known:
+                known[shape] = cost_of(one, self.curves)
+        return [known[shape] for shape in shapes]
+
+    def _search(self, shape: tuple[object, ...], line: Sequence[Active]) -> Schedule:
+        """Search an event's schedule and remember it, its experts named by their places."""
+        if len(self._known) >= self._limit:
+            self._known.clear()
+            self._costs.clear()
+        event = _event(line, self.curves, self._costs_of(line))
+        found = search(event, effort=self._effort, starts=[_pointer_choice(line, event)])
+        plan = _scheduled([(0, place) for place in range(len(line))], event, found)
+        self._known[shape] = plan
+        return plan
 
 
 def all_cpu(active: Sequence[Active], curves: Curves) -> Schedule:
@@ -173,12 +208,13 @@ def fiddler(active: Sequence[Active], curves: Curves) -> Schedule:
     return _ruled(active, event, fiddler_uploads(event, [one.rows for one in active]))
 
 
-def _shape(one: Active) -> tuple[str, int, int, str, bool, float]:
-    return one.place, one.size_bytes, one.rows, one.kind, one.ram_copy, one.worth_s
+# all that a schedule depends on
+_shape = attrgetter("place", "size_bytes", "rows", "kind", "ram_copy", "worth_s")
+_cost_shape = attrgetter("place", "size_bytes", "rows", "kind", "ram_copy")
 
 
-def _event(active: Sequence[Active], curves: Curves) -> Event:
-    """Return the event in seconds."""
+def _event(active: Sequence[Active], curves: Curves, known: Sequence[Cost] | None = None) -> Event:
+    """Return the event in seconds; ``known`` costs are those of these experts on the same curves."""
     faults = [
         f"{one.key} has {one.rows} rows, {one.size_bytes} bytes, place {one.place!r}, worth {one.worth_s} s; give at "
         "least 1 row, no negative size or worth, and gpu, ram or flash"
@@ -194,8 +230,12 @@ def _event(active: Sequence[Active], curves: Curves) -> Event:
         faults.append(f"an expert stands twice in {sorted(one.key for one in active)}; sum its rows")
     if faults:
         raise InputError.collect("event", faults)
+    costs = [cost_of(one, curves) for one in active] if known is None else known
     # what is resident is not uploaded, and so brings nothing more later
-    jobs = [Job(cost_of(one, curves), one.place, 0.0 if one.place == "gpu" else one.worth_s) for one in active]
+    jobs = [
+        Job(cost, one.place, 0.0 if one.place == "gpu" else one.worth_s)
+        for one, cost in zip(active, costs, strict=True)
+    ]
     return Event(
         jobs,
         cpu_factor=curves.cpu_beside_link,
@@ -215,16 +255,17 @@ def _pointer_choice(active: Sequence[Active], event: Event) -> list[int]:
 
 def _ruled(active: Sequence[Active], event: Event, uploads: Iterable[int]) -> Schedule:
     """Return a rule's choice as a schedule; nothing is claimed of it."""
-    return _scheduled(active, event, Found(arrange(event, uploads), 0.0, 0.0, proven=False))
+    found = Found(arrange(event, uploads), 0.0, 0.0, proven=False)
+    return _scheduled([one.key for one in active], event, found)
 
 
-def _scheduled(active: Sequence[Active], event: Event, found: Found) -> Schedule:
+def _scheduled(keys: Sequence[Key], event: Event, found: Found) -> Schedule:
+    """Return what was found in terms of keys, which are in the order of the event's jobs."""
     order, ends = found.order, ends_of(event, found.order)
-    keys = [one.key for one in active]
-    kept = [i for i in order.uploaded if active[i].place == "gpu"]
+    kept = [i for i in order.uploaded if event.jobs[i].place == "gpu"]
     return Schedule(
         on_gpu=tuple(keys[i] for i in sorted([*event.pinned, *kept])),
-        uploaded=tuple(keys[i] for i in order.uploaded if active[i].place != "gpu"),
+        uploaded=tuple(keys[i] for i in order.uploaded if event.jobs[i].place != "gpu"),
         on_cpu=tuple(keys[i] for i in order.on_cpu),
         read=tuple(keys[i] for i in order.read),
         gpu_s=ends.gpu,

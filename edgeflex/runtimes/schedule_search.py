@@ -13,18 +13,16 @@ import math
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from edgeflex.runtimes.schedule_bounds import Bounds
+from edgeflex.runtimes.schedule_choices import ChoiceSearch
 from edgeflex.runtimes.timeline import Cost, Work, contend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from numpy.typing import NDArray
-
     from edgeflex.runtimes.timeline import Place
 
-__all__ = ["Ends", "Event", "Found", "Job", "Order", "arrange", "ends_of", "search"]
+__all__ = ["Best", "Ends", "Event", "Found", "Job", "Order", "arrange", "ends_of", "search"]
 
 _NEAR = 1e-3  # a large event within this share of its bound is searched no further
 _SAME = 1e-9  # spans nearer than this share are equal
@@ -79,6 +77,9 @@ class Event:
         free: The others, in Johnson's order of link and GPU; equal jobs side by side.
         group: Of each job; equal jobs share one.
         gpu_s: Seconds of the pinned ones.
+        flash: Those of ``free`` that are to be read.
+        contended: Whether CPU and link slow each other.
+        doubtful: Whether they do, and that may change Johnson's order.
     """
 
     def __init__(
@@ -97,10 +98,13 @@ class Event:
         self.gpu_s = sum(jobs[i].cost.gpu for i in self.pinned)
         self.flash = [i for i in self.free if jobs[i].place == "flash"]
         self.contended = cpu_factor > 1.0 or link_factor > 1.0
+        # contention makes Johnson's order doubtful for jobs that its two speeds would place differently
+        free = [jobs[i].cost for i in self.free]
+        self.doubtful = self.contended and any(cost.link < cost.gpu < link_factor * cost.link for cost in free)
 
     def objective(self, order: Order) -> float:
         """Return the order's span less the worth of its uploads, in seconds."""
-        return max(ends_of(self, order)) - sum(self.jobs[i].worth_s for i in order.uploaded)
+        return max(ends_of(self, order)) - sum([self.jobs[i].worth_s for i in order.uploaded])
 
 
 def _johnson(first_s: float, second_s: float) -> tuple[int, float]:
@@ -188,70 +192,6 @@ def _merged(event: Event, up: list[int], cpu: list[int], link_s: float, cpu_s: f
     return [*read, *ups, *cpus]
 
 
-class _Weights(NamedTuple):
-    """A dual bound: span ≥ cpu · (CPU seconds) + other · (seconds of link or GPU)."""
-
-    cpu: float
-    other: float
-
-    def least(self, cost_cpu_s: float, cost_other_s: float, worth_s: float) -> float:
-        """Return what one undecided job adds at least."""
-        return min(self.cpu * cost_cpu_s, self.other * cost_other_s - worth_s)
-
-
-def _dual(event: Event, resource: str, given_s: float, *, contended: bool) -> tuple[_Weights, float]:
-    """Return the weights of CPU and ``resource`` ("link" or "gpu") that bound the event best, and that bound.
-
-    For u, v ≥ 0 every span T obeys uC + vL ≤ T · max(u, v, u / a + v / b), C and L the work of CPU and link and
-    a, b their factors when both work (that maximum is at most u + v, which holds of idle time too); the best u : v
-    of the relaxation equals the ratio of some job, or a kink of that maximum.
-    """
-    costs = [event.jobs[i].cost for i in event.free]
-    cpu = np.array([cost.cpu for cost in costs])
-    other = np.array([getattr(cost, resource) for cost in costs], dtype=float)
-    worth = np.array([event.jobs[i].worth_s for i in event.free])
-    shares = [0.0, 1.0, *(other / np.maximum(cpu + other, 1e-300))]
-    a, b = 1 / event.cpu_factor, 1 / event.link_factor
-    if contended:
-        shares += [b / (1 - a + b), (1 - b) / (1 - b + a)]
-    u = np.unique(np.array(shares))
-    norm = np.maximum(a * u + b * (1 - u), np.maximum(u, 1 - u)) if contended else np.ones_like(u)
-    left, right = (u / norm)[:, None], ((1 - u) / norm)[:, None]
-    values: NDArray[np.float64] = np.minimum(left * cpu, right * other - worth).sum(axis=1) + right[:, 0] * given_s
-    best = int(values.argmax())
-    return _Weights(float(left[best, 0]), float(right[best, 0])), float(values[best])
-
-
-class _Bounds:
-    """Dual weights of an event, what each undecided job adds to them, and the event's own bound.
-
-    The weights are put on clocks, which idle where there is flash; so there they leave contention out.
-    """
-
-    def __init__(self, event: Event) -> None:
-        self.link, link_s = _dual(event, "link", 0.0, contended=event.contended and not event.flash)
-        self.gpu, gpu_s = _dual(event, "gpu", event.gpu_s, contended=False)
-        if event.contended and event.flash:
-            link_s = max(link_s, _dual(event, "link", 0.0, contended=True)[1])
-        jobs = event.jobs
-        self.link_adds, self.gpu_adds = dict[int, float](), dict[int, float]()
-        for i in event.free:
-            cost, worth_s = jobs[i].cost, jobs[i].worth_s
-            self.link_adds[i] = self.link.least(cost.cpu, cost.link, worth_s)
-            self.gpu_adds[i] = self.gpu.least(cost.cpu, cost.gpu, worth_s)
-        # beside the duals: what is pinned, all reads and the shortest work after one, and each job by itself
-        costs = [jobs[i].cost for i in event.free]
-        single_s = [cost.disk + min(cost.cpu, cost.link + cost.gpu) for cost in costs]
-        tail_s = min((min(jobs[i].cost.cpu, jobs[i].cost.link + jobs[i].cost.gpu) for i in event.flash), default=0.0)
-        read_s = sum(cost.disk for cost in costs) + tail_s
-        worth_s = sum(jobs[i].worth_s for i in event.free)
-        self.event_s = max(
-            link_s,
-            gpu_s,
-            max([event.gpu_s, read_s, *single_s]) - worth_s,
-        )
-
-
 def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -> Found:
     """Return the best order found.
 
@@ -260,12 +200,12 @@ def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -
         effort: Nodes of the exact search; where they do not suffice the answer is not proven.
         starts: Choices of uploads to begin with, beside nothing, everything and splits by worth.
     """
-    bounds = _Bounds(event)
-    best = _Best(event, bounds.event_s)
+    bounds = Bounds(event)
+    best = Best(event, bounds.event_s)
     for choice in ([], event.free, *starts):
         best.offer(arrange(event, choice))
     large = len(event.free) > _SMALL
-    rankings = _rankings(event) if large else _rankings(event)[:1]
+    rankings = _rankings(event) if large else [_ranked(event, 1.0, 0.0)]
     for ranking in rankings:
         _split(best, ranking)
     if event.flash and len(event.free) > _QUICK and not best.within(_NEAR):
@@ -275,7 +215,7 @@ def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -
         _improve(best, ranking)
     proven = best.within(_SAME)
     if not proven and not best.near(large=large) and len(event.free) <= (_EXACT_READS if event.flash else _EXACT_JOBS):
-        proven = _DeepSearch(best, bounds, effort).run()
+        proven = _deep(best, bounds, effort)
         if not proven and not large:  # the effort was spent: what is near the best may still be better
             best.budget = best.tries + _TRIES
             for ranking in _rankings(event):
@@ -283,6 +223,14 @@ def search(event: Event, *, effort: int, starts: Iterable[Iterable[int]] = ()) -
     if not proven and (event.flash or event.contended):
         _polish(best)
     return best.found(proven=proven)
+
+
+def _deep(best: Best, bounds: Bounds, effort: int) -> bool:
+    """Search exactly as far as the effort goes; return whether what stands as best then is proven."""
+    event = best.event
+    searched = _DeepSearch(best, bounds, effort).run() if event.flash else ChoiceSearch(best, bounds, effort).run()
+    sure = not (event.doubtful or (event.contended and event.flash))
+    return best.within(_SAME) or (searched and sure)
 
 
 def _without_reads(event: Event) -> Event:
@@ -294,21 +242,42 @@ def _without_reads(event: Event) -> Event:
     return Event(jobs, cpu_factor=event.cpu_factor, link_factor=event.link_factor, cpu_start_s=event.cpu_start_s)
 
 
-class _Best:
+class Best:
     """The best order so far."""
 
     def __init__(self, event: Event, bound_s: float) -> None:
         self.event, self.bound_s = event, bound_s
         self.order, self.objective_s, self.tries, self.budget = Order((), (), ()), math.inf, 0, 0
 
+    @property
+    def slack_s(self) -> float:
+        """By how much an order must be better to be looked for."""
+        return _SAME * max(abs(self.objective_s), abs(self.bound_s))
+
     def offer(self, order: Order) -> float:
+        """Take an order if it is better, and return its objective."""
         objective_s = self.event.objective(order)
         self.tries += 1
         if objective_s < self.objective_s:
             self.order, self.objective_s = order, objective_s
         return objective_s
 
+    def offer_path(self, path: Sequence[tuple[int, bool]]) -> None:
+        """Offer an order by its jobs, each with whether it is uploaded."""
+        event, flash = self.event, self.event.flash
+        order = Order(
+            tuple([i for i, up in path if up]),
+            tuple([i for i, up in path if not up]),
+            tuple([i for i, _ in path if i in flash]) if flash else (),
+        )
+        self.offer(order)
+        if event.doubtful and not flash:
+            jobs, factor = event.jobs, event.link_factor
+            slow = sorted(order.uploaded, key=lambda i: _johnson(jobs[i].cost.link * factor, jobs[i].cost.gpu))
+            self.offer(order._replace(uploaded=tuple(slow)))
+
     def within(self, share: float) -> bool:
+        """Return whether what was found is so near the bound."""
         return self.objective_s - self.bound_s <= share * abs(self.bound_s)
 
     def near(self, *, large: bool) -> bool:
@@ -316,6 +285,7 @@ class _Best:
         return self.within(_NEAR if large else _SAME)
 
     def found(self, *, proven: bool) -> Found:
+        """Return what was found, equal jobs in the caller's order."""
         order = _canonical(self.event, self.order)
         bound_s = self.objective_s if proven else min(self.bound_s, self.objective_s)
         return Found(order, self.objective_s, bound_s, proven)
@@ -335,24 +305,26 @@ def _rankings(event: Event) -> list[list[int]]:
 
     By link, by GPU and by both: which of them is scarce shows only when tried.
     """
-
-    def ranked(weigh: tuple[float, float]) -> list[int]:
-        def gain(i: int) -> float:
-            cost, worth_s = event.jobs[i].cost, event.jobs[i].worth_s
-            spent_s = weigh[0] * cost.link + weigh[1] * cost.gpu
-            return -(cost.cpu + worth_s) / spent_s if spent_s > 0 else -math.inf
-
-        return sorted(event.free, key=gain)
-
     orders: list[list[int]] = []
-    for weigh in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-        order = ranked(weigh)
+    for link, gpu in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        order = _ranked(event, link, gpu)
         if order not in orders:
             orders.append(order)
     return orders
 
 
-def _split(best: _Best, ranking: list[int]) -> None:
+def _ranked(event: Event, link: float, gpu: float) -> list[int]:
+    """Return the free jobs by the CPU's seconds over the weighed ones of link and GPU, the most first."""
+
+    def gain(i: int) -> float:
+        cost, _, worth_s = event.jobs[i]
+        spent_s = link * cost.link + gpu * cost.gpu
+        return -(cost.cpu + worth_s) / spent_s if spent_s > 0 else -math.inf
+
+    return sorted(event.free, key=gain)
+
+
+def _split(best: Best, ranking: list[int]) -> None:
     """Offer splits of a ranking: coarse first, then finer around the best."""
     tried: dict[int, float] = {}
 
@@ -369,7 +341,7 @@ def _split(best: _Best, ranking: list[int]) -> None:
         centre = min(near, key=value)
 
 
-def _improve(best: _Best, ranking: list[int]) -> None:
+def _improve(best: Best, ranking: list[int]) -> None:
     """Flip and swap jobs near the split of a ranking while that helps."""
     improved = True
     while improved and best.tries < best.budget and not best.within(_NEAR):
@@ -388,7 +360,7 @@ def _improve(best: _Best, ranking: list[int]) -> None:
                 break
 
 
-def _polish(best: _Best) -> None:
+def _polish(best: Best) -> None:
     """Exchange pairs within each list of the order while that helps.
 
     Where CPU and link slow each other, an order that keeps them apart may win against the arguments of the search.
@@ -423,25 +395,21 @@ class _Clocks(NamedTuple):
 class _DeepSearch:
     """Depth-first branch and bound over choices, and over orders where there is flash."""
 
-    def __init__(self, best: _Best, bounds: _Bounds, effort: int) -> None:
+    def __init__(self, best: Best, bounds: Bounds, effort: int) -> None:
         self._best, self._bounds, self._event, self._left = best, bounds, best.event, effort
         self._jobs, self._group = best.event.jobs, best.event.group
         self._flash = frozenset(best.event.flash)
         self._ram = [i for i in best.event.free if i not in self._flash]
         self._rank = {i: position for position, i in enumerate(best.event.free)}
         self._path: list[tuple[int, bool]] = []  # (job, whether uploaded)
-        self._slack_s = _SAME * max(abs(best.objective_s), abs(best.bound_s))
-        # contention makes Johnson's order doubtful for jobs that its two speeds would place differently
-        costs, factor = [self._jobs[i].cost for i in best.event.free], best.event.link_factor
-        self._doubtful = best.event.contended and any(cost.link < cost.gpu < factor * cost.link for cost in costs)
+        self._slack_s = best.slack_s
 
     def run(self) -> bool:
-        """Search; return whether what stands as best then is proven."""
+        """Search; return whether the effort sufficed."""
         bounds, worths = self._bounds, (self._jobs[i].worth_s for i in self._event.free)
         rest = (sum(bounds.link_adds.values()), sum(bounds.gpu_adds.values()), sum(worths))
         self._choose(0, _Clocks(0.0, 0.0, 0.0, self._event.gpu_s, 0.0, *rest), -1)
-        sure = not (self._doubtful or (self._event.contended and self._flash))
-        return self._best.within(_SAME) or (self._left > 0 and sure)
+        return self._left > 0
 
     def _choose(self, position: int, at: _Clocks, barred: int) -> None:
         """Decide what lies in RAM in Johnson's order; of equal jobs, those uploaded come first."""
@@ -469,19 +437,14 @@ class _DeepSearch:
             self._sequence(at, waiting, tuple(self._event.flash), (-1, False))
             self._path = chosen
             return
-        order = self._order()
-        self._best.offer(order)
-        if self._doubtful:
-            jobs, factor = self._jobs, self._event.link_factor
-            slow = sorted(order.uploaded, key=lambda i: _johnson(jobs[i].cost.link * factor, jobs[i].cost.gpu))
-            self._best.offer(order._replace(uploaded=tuple(slow)))
+        self._best.offer_path(self._path)
 
     def _sequence(self, at: _Clocks, ram: tuple[int, ...], flash: tuple[int, ...], last: tuple[int, bool]) -> None:
         """Append uploads from RAM and reads from flash, each to either side, in every order that may matter."""
         if self._hopeless(at):
             return
         if not ram and not flash:
-            self._best.offer(self._order())
+            self._best.offer_path(self._path)
             return
         moves = []
         for i, up in self._moves(ram, flash, last):
@@ -512,14 +475,6 @@ class _DeepSearch:
 
     def _cpu_rank(self, i: int) -> tuple[int, float]:
         return _johnson(self._jobs[i].cost.disk, self._jobs[i].cost.cpu)
-
-    def _order(self) -> Order:
-        """Return the path as an order."""
-        return Order(
-            tuple(i for i, up in self._path if up),
-            tuple(i for i, up in self._path if not up),
-            tuple(i for i, _ in self._path if i in self._flash),
-        )
 
     def _waits(self, i: int) -> bool:
         """Return whether the job, if uploaded, finds its place among the uploads only with the reads."""

@@ -15,9 +15,9 @@ it. Copies from VRAM back to RAM (exclusive tiers) use the link's other directio
 What ours asks of a runtime: one stream of copies beside the stream that computes; an event at the end of each copy,
 which the GPU waits for before it computes that expert; copies ahead behind the uploads in the same stream, in chunks
 so that an upload is not held up; the set of an event known to the host before anything of it starts. ``cuda_experts``
-does all that but for the chunks (it copies whole experts ahead) and the division, which needs records packed in slices
-and one slot of VRAM more (see ``division``); without it (``Machine.part_s`` infinite, as it is by default) experts
-stay whole. Nothing here looks at what comes: rates are learned from events gone by.
+does all that but for the chunks (it copies whole experts ahead). Experts are divided where that is asked for
+(``Machine.part_s`` finite, which it is not by default) and a run divides them (``staged_bytes``). Nothing here looks at
+what comes: rates are learned from events gone by.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from edgeflex.errors import InputError
-from edgeflex.runtimes.ahead_time import EventTime, event_time
+from edgeflex.runtimes.ahead_time import EventTime, Worth, event_time
 from edgeflex.runtimes.curves import Curve, Curves
-from edgeflex.runtimes.division import Divider
+from edgeflex.runtimes.division import SLICED_CPU, SLICES, Divider, pays, staged_bytes
 from edgeflex.runtimes.reuse import ReusePolicy
 from edgeflex.runtimes.schedule import Scheduler, all_upload, fiddler, hybrimoe, static
 from edgeflex.runtimes.tiers import AheadCache, TieredCache, part_weights
@@ -56,8 +56,6 @@ __all__ = ["BASELINES", "AheadCache", "Host", "Machine", "Served", "Setup", "Str
 StrategyName = Literal["ours", "hybrimoe", "fiddler", "lru", "static"]
 BASELINES: tuple[StrategyName, ...] = ("hybrimoe", "fiddler", "lru", "static")
 
-# An upload's worth is counted in parts of what one hit saves, and not beyond so many parts.
-_WORTH_STEPS, _MOST_WORTH = 3, 6
 _MOST_AHEAD = 4  # copies ahead that one event looks for; more rarely fit into its time
 
 
@@ -71,7 +69,8 @@ class Machine:
         token_s: What a pass costs beside its layers.
         chunk_bytes: Of copies ahead; an upload waits for one at most.
         part_s: What the second launch costs where an expert is divided between CPU and GPU (see ``division``);
-            infinite: the runtime cannot.
+            infinite: none is.
+        slices: In which experts lie, so that they are divided there only.
     """
 
     curves: Curves
@@ -79,6 +78,7 @@ class Machine:
     token_s: float = 0.0
     chunk_bytes: int = 1 << 18
     part_s: float = inf
+    slices: int = SLICES
 
     def scaled(self, factor: float) -> Machine:
         """Return a machine whose every second is multiplied by ``factor``."""
@@ -256,13 +256,13 @@ class _GlobalHost(Host):
         *,
         all_in_ram: bool,
         keeping: bool,
-        divides: bool = False,
+        staged_bytes: int = 0,
     ) -> None:
         super().__init__(machine, sizes, rule, all_in_ram=all_in_ram)
         self._cache = cache
         self._keeping = keeping
-        self._divider = Divider(self._curves, machine.part_s) if divides else None
-        self._staged_bytes = int(sizes.max()) if divides else 0
+        self._divider = Divider(self._curves, machine.part_s, self._slices) if staged_bytes else None
+        self._staged_bytes = staged_bytes
         self._link_price = 0.0  # seconds saved later for each that the link copies ahead
         self._note_peak(cache)
 
@@ -277,6 +277,10 @@ class _GlobalHost(Host):
         if self._divider is None:
             return plan, None
         return self._divider.divide(plan, active, costs, self._whole(), self._link_price)
+
+    def _slices(self, key: Key) -> int:
+        del key
+        return self._machine.slices
 
     def _whole(self) -> Collection[Key]:
         """Return what must not be divided."""
@@ -328,20 +332,14 @@ class _OurHost(_GlobalHost):
         *,
         all_in_ram: bool,
         exclusive: bool,
-        divides: bool,
+        staged_bytes: int,
     ) -> None:
-        super().__init__(machine, sizes, rule, cache, all_in_ram=all_in_ram, keeping=True, divides=divides)
+        super().__init__(machine, sizes, rule, cache, all_in_ram=all_in_ram, keeping=True, staged_bytes=staged_bytes)
         self._ahead_cache = cache
         self._policy = policy
         self._experts = sizes.shape[1]
-        self._horizon = horizon
-        self._copy_s = self._curves.link_s(int(sizes.max()))
-        # what the CPU loses while it shares the RAM with one copy, over what a hit saves it
-        self._beside_s = self._copy_s * (1.0 - 1.0 / self._curves.cpu_beside_link)
-        # a miss is served by CPU and link together
-        self._saved_s = 1.0 / (1.0 / self._curves.cpu_s(1) + 1.0 / self._copy_s)
-        self._least_gain = self._beside_s / (horizon * self._curves.cpu_s(1)) if horizon else inf
         self._largest = int(sizes.max())
+        self._worth = Worth.of(self._curves, self._largest, horizon)
         self._victims: list[float] = []
         self._copies = not exclusive
         self._under_way: list[tuple[Key, float]] = []
@@ -361,22 +359,19 @@ class _OurHost(_GlobalHost):
             next_ones = self._policy.next_victims(event.layer, len(missing) + _MOST_AHEAD, self._keys(found))
             self._victims += [rate for _, rate in next_ones]
         worth = {
-            one.key: self._worth_s(rates[one.key] - victim) for one, victim in zip(missing, self._victims, strict=False)
+            one.key: self._worth.seconds(rates[one.key] - victim)
+            for one, victim in zip(missing, self._victims, strict=False)
         }
-        # copies in RAM matter only where the GPU's part is long enough for the CPU to help
+        # copies in RAM matter only where the GPU's part is long enough for the CPU to help; of an event that lacks
+        # nothing the runtime's GPU computes all, since nobody asks the scheduler
         hits = len(found) - len(missing)
-        shared = self._copies and hits * self._curves.gpu_s(1) > self._saved_s
+        shared = self._copies and bool(missing) and hits * self._curves.gpu_s(1) > self._worth.saved_s
         return [replace(one, ram_copy=shared, worth_s=worth.get(one.key, 0.0)) for one in found]
 
     def keeps(self, plan: Schedule, active: Sequence[Active]) -> Sequence[Key]:
         """Keep every upload; one that a copy under way had begun has its slot already."""
         del active
         return [key for key in plan.uploaded if key not in self._cache.vram]
-
-    def _worth_s(self, gain: float) -> float:
-        """Return the later seconds that an upload saves, in steps so coarse that few shapes of events differ."""
-        step_s = self._saved_s / _WORTH_STEPS
-        return step_s * min(int(max(0.0, gain) * self._horizon * _WORTH_STEPS), _MOST_WORTH)
 
     def _pass(
         self, layer: int, plan: Schedule, active: Sequence[Active], costs: Mapping[Key, Cost]
@@ -412,21 +407,21 @@ class _OurHost(_GlobalHost):
         """Return the copies to be made next and the link's work left of each; what is under way goes first."""
         begun = [one for one in self._under_way if one[0] in self._cache.vram]
         keys = {key for key, _ in begun}
-        return begun + [(key, self._copy_s) for key in self._next if key not in keys]
+        return begun + [(key, self._worth.copy_s) for key in self._next if key not in keys]
 
     def _look_ahead(self, plan: Schedule) -> None:
         """Choose what to copy from now until the next event: what gains more hits than its copy costs the CPU."""
         seconds = plan.span_s + self._machine.dense(1)
-        count = min(_MOST_AHEAD, ceil(seconds / self._copy_s) + 1)
+        count = min(_MOST_AHEAD, ceil(seconds / self._worth.copy_s) + 1)
         barred = [key[0] * self._experts + key[1] for key in (*plan.uploaded, *(key for key, _ in self._under_way))]
         candidates = self._policy.likeliest_absent(count, barred)
-        self._next, gains = [], [0.0]
+        self._next, gains = [], []
         for (key, rate), victim in zip(candidates, self._victims[len(plan.uploaded) :], strict=False):
             pair = divmod(key, self._experts)
-            if rate - victim > self._least_gain and self._cache.place(*pair) == "ram":
+            if rate - victim > self._worth.least_gain and self._cache.place(*pair) == "ram":
                 self._next.append(pair)
                 gains.append(rate - victim)
-        self._link_price = max(0.0, self._worth_s(max(gains)) - self._beside_s) / self._copy_s
+        self._link_price = self._worth.link_price(gains)
 
     def _arrive(
         self, layer: int, queue: Sequence[tuple[Key, float]], done_s: Sequence[float], pinned: Sequence[int]
@@ -536,21 +531,20 @@ class Setup:
         cache.warm(worth)
         return cache
 
-    def _plain(self, rule: Rule, policy: str, *, keeping: bool, divides: bool = False) -> Host:
-        cache = self._tiers(self._room(divides=divides), policy)
-        return _GlobalHost(
-            self.machine,
-            self.sizes,
-            rule,
-            cache,
-            all_in_ram=self.all_in_ram,
-            keeping=keeping,
-            divides=divides,
-        )
+    def _plain(
+        self, rule: Rule, policy: str, *, keeping: bool, machine: Machine | None = None, staged_bytes: int = 0
+    ) -> Host:
+        cache = self._tiers(self.vram_bytes - staged_bytes, policy)
+        kept = {"all_in_ram": self.all_in_ram, "keeping": keeping}
+        return _GlobalHost(machine or self.machine, self.sizes, rule, cache, **kept, staged_bytes=staged_bytes)
 
-    def _room(self, *, divides: bool) -> int:
-        """Return what is left for residents beside the slot where a share of an expert arrives."""
-        return self.vram_bytes - int(self.sizes.max()) * divides
+    @cached_property
+    def _staged_bytes(self) -> int:
+        """What ours takes off residents for shares of experts."""
+        largest, on = int(self.sizes.max()), self._slicing()
+        of = {"total_bytes": int(self.sizes.sum()), "largest_bytes": largest}
+        found = staged_bytes(self.vram_bytes, self.ram_bytes, **of, exclusive=self.exclusive)
+        return found if found and pays(on.curves, on.part_s, size_bytes=largest, slices=on.slices) else 0
 
     def _by_layer(self, rule: Rule, policy: str) -> Host:
         """Share whole slots out over the layers, one more to the first where they do not come out even."""
@@ -568,20 +562,25 @@ class Setup:
                 caches[layer] = self._tiers(slots * slot_bytes, policy, of)
         return _LayerHost(self.machine, self.sizes, rule, caches, all_in_ram=True)
 
+    def _slicing(self) -> Machine:
+        """Return the machine with kernels that take experts in slices."""
+        return replace(self.machine, curves=self.machine.curves.scaled(cpu=SLICED_CPU))
+
     def _ours(self, strategy: Strategy) -> Host:
-        scheduler = Scheduler(self.machine.curves)
+        staged = self._staged_bytes
+        machine = self._slicing() if staged else self.machine
+        scheduler = Scheduler(machine.curves)
 
         def rule(active: Sequence[Active], curves: Curves, decoding: bool) -> Schedule:
             del curves, decoding
             return scheduler.schedule(active)
 
-        divides = self.machine.part_s < inf and self.vram_bytes > 2 * int(self.sizes.max())
         if strategy.static:
-            return self._plain(rule, "static", keeping=True, divides=divides)
+            return self._plain(rule, "static", keeping=True, machine=machine, staged_bytes=staged)
         policy = ReusePolicy(*self.sizes.shape, top_k=self.top_k, horizon=max(1.0, strategy.horizon))
-        cache = self._tiers(self._room(divides=divides), policy)
+        cache = self._tiers(self.vram_bytes - staged, policy)
         return _OurHost(
-            self.machine,
+            machine,
             self.sizes,
             rule,
             cache,
@@ -589,5 +588,5 @@ class Setup:
             strategy.horizon,
             all_in_ram=self.all_in_ram,
             exclusive=self.exclusive,
-            divides=divides,
+            staged_bytes=staged,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgeflex.runtimes.cuda_driver import CudaContext, host_view
 from edgeflex.runtimes.loop import Outcome, check_input, check_thresholds, walk
 from edgeflex.runtimes.measure import DeviceMemory
 from edgeflex.runtimes.tensorrt_build import created, engines_for, messages_of, open_machine, read_recipe, said
+from edgeflex.runtimes.tensorrt_graphs import Watched, recorded
 from edgeflex.runtimes.tensorrt_stages import load_engine
 from edgeflex.schema import Tier
 
@@ -42,8 +44,6 @@ logger = logging.getLogger(__name__)
 # Names that the exporter gives. ``confidence``, the largest probability, is optional.
 _INPUT, _ACTIVATIONS, _PROBABILITIES, _CONFIDENCE = "x", "activations", "probabilities", "confidence"
 _FLOAT_BYTES = 4
-# Replayed and plain work must agree this well on the warm-up; they run the same kernels.
-_REPLAY_TOLERANCE = 1e-3
 _RESERVE = 0.1  # of the free memory, for what the driver itself takes later
 
 
@@ -342,28 +342,9 @@ class TensorrtSession:
         for index, stage in enumerate(self._stages):
             self._run(index)
             if record:
-                stage.graph = self._recorded(cuda, index)
-
-    def _recorded(self, cuda: CudaContext, index: int) -> int:
-        """Return a graph that was seen to do what plain work does, or 0."""
-        stage = self._stages[index]
-        plain = stage.answer.copy()
-        try:
-            graph = cuda.capture(self._stream, lambda: self._queue(cuda, index))
-            # whatever the graph leaves out shows: in place of the answer stands what is none
-            cuda.fill_zeros(stage.confidence or stage.probabilities, stage.answer.nbytes, self._stream)
-            cuda.synchronize(self._stream)
-            stage.answer.fill(np.nan)
-            cuda.launch(graph, self._stream)
-            cuda.synchronize(self._stream)
-        except DeviceError as error:
-            logger.warning("%s runs without a CUDA graph: %s", stage.name, error)
-            self._messages.errors.clear()
-            return 0
-        if not np.allclose(stage.answer, plain, rtol=0.0, atol=_REPLAY_TOLERANCE, equal_nan=False):
-            logger.warning("%s runs without a CUDA graph: its replay gave another answer", stage.name)
-            return 0
-        return graph
+                watched = Watched(stage.confidence or stage.probabilities, stage.answer, fetched=True)
+                queue_work = partial(self._queue, cuda, index)
+                stage.graph = recorded(cuda, self._stream, stage.name, queue_work, (watched,), self._messages)
 
 
 def device_limit(plan: Plan, free_bytes: int) -> int:

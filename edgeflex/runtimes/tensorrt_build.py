@@ -35,12 +35,14 @@ from edgeflex.schema_trt import (
     BuildRecipe,
     BuiltEngine,
     EngineIndex,
+    ExpertWay,
     PortabilityKey,
+    RefitRecipe,
     version_text,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from edgeflex.bundle import Bundle
@@ -256,7 +258,9 @@ def engines_for(folder: Path, recipe: BuildRecipe, machine: Machine) -> EngineIn
     differences = index.key.differences(machine.key(recipe, options))
     if differences:
         raise DeviceError(f"{folder}: its engines do not belong here: {'; '.join(differences)}. {_REBUILD} {folder}")
-    missing = {one.name for one in recipe.segments} - {one.segment for one in index.engines}
+    refitted = {one.segment for one in index.experts if one.way == "refit"}
+    wanted = {one.name for one in recipe.segments} | {one.name for one in recipe.refits if one.rival_of in refitted}
+    missing = wanted - {one.segment for one in index.engines}
     if missing:
         raise DeviceError(f"{folder}: no engine of {', '.join(sorted(missing))}. {_REBUILD} {folder}")
     return index
@@ -287,7 +291,7 @@ def build(
     """Build the engines of a bundle on this device.
 
     Each engine is kept as soon as it is built, so that a killed build goes on where it stopped; the index is written
-    last.
+    last. A rival that cannot be built is left out, and the index says why.
 
     Args:
         bundle: A checked bundle, a network's or a decoder's, exported for tensorrt.
@@ -314,19 +318,32 @@ def build(
     job = _Job(machine, bundle.path, folder, options, progress or Silent(), clock)
     index = EngineIndex(key=machine.key(recipe, options), engines=())
     kept = {} if force else _kept(folder, index.key)
-    _forget_index(folder, complete=len(kept) == len(recipe.segments))
+    _forget_index(folder, complete=all(one.name in kept for one in (*recipe.segments, *recipe.refits)))
     context = CudaContext(library)
     try:
         for segment in recipe.segments:
             built = kept.get(segment.name) or _built(job, segment)
             index = index.model_copy(update={"engines": (*index.engines, built)})
             write_atomic(folder / _PARTIAL_FILE, index.canonical_json())
+        for rival in recipe.refits:
+            index = _tried(job, rival, kept, index)
     finally:
         context.close()
     write_atomic(folder / INDEX_FILE, index.canonical_json())
     with suppress(OSError):
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
     return index
+
+
+def _tried(job: _Job, rival: RefitRecipe, kept: Mapping[str, BuiltEngine], index: EngineIndex) -> EngineIndex:
+    """Return the index with a rival's engine, or with the reason why there is none."""
+    try:
+        built = kept.get(rival.name) or _built(job, rival)
+    except (DeviceError, UnsupportedError) as error:
+        logger.warning("%s is left out: %s", rival.name, error)
+        left_out = ExpertWay(segment=rival.rival_of, way="inputs", reason=f"no engine to refit could be built: {error}")
+        return index.model_copy(update={"experts": (*index.experts, left_out)})
+    return index.model_copy(update={"engines": (*index.engines, built)})
 
 
 @dataclass(frozen=True)
@@ -432,6 +449,8 @@ def _plan(job: _Job, segment: SegmentRecipe, advance: Advance) -> Any:
     _parse(job, segment, network)
     config = _given(builder.create_builder_config(), "builder configuration", messages)
     _configure(job, config)
+    if isinstance(segment, RefitRecipe):
+        _make_refittable(trt, segment, network, config)
     _add_profiles(builder, config, segment, messages)
     monitor = progress_monitor(trt, advance)
     config.progress_monitor = monitor
@@ -483,6 +502,17 @@ def _configure(job: _Job, config: Any) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.weight_streaming:  # allowed because the network is strongly typed
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+
+
+def _make_refittable(trt: Any, segment: RefitRecipe, network: Any, config: Any) -> None:
+    """Let the weights that are named be replaced in the engine, and no others, which may be fused as ever."""
+    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    unknown = [one.name for one in segment.weights if not network.mark_weights_refittable(one.name)]
+    if unknown:
+        raise UnsupportedError(
+            f"{segment.onnx}: TensorRT {trt.__version__} does not let {', '.join(unknown)} be replaced: "
+            f"{said(messages_of(trt))}. Experts stay inputs of their engine."
+        )
 
 
 def _add_profiles(builder: Any, config: Any, segment: SegmentRecipe, messages: Any) -> None:

@@ -6,6 +6,11 @@ expert's are wherever its slot is. Rows never leave the device; what comes back 
 to read, and the logits. A chunk of a prompt is grouped by expert with one call, so that each expert finds its rows
 together; for a single token nothing is grouped.
 
+While single tokens are decoded, attention, dense parts, sums and the head stay in the same places, and their shapes
+change only when the past outgrows a power of two: attention with its router, what ends a layer, and the head are each
+a CUDA graph. Outside stay new keys and values, which go to another row each time, and experts, which enter an engine
+from whatever slot they are in: a graph of one would hold for that slot alone.
+
 Importing this loads neither TensorRT nor anything that needs a driver; ``load`` does, once the driver has answered.
 """
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,7 +33,8 @@ from edgeflex.runtimes.onnx_stages import programs_of
 from edgeflex.runtimes.packed import raw_parts
 from edgeflex.runtimes.raw_store import RawRows
 from edgeflex.runtimes.stage_engine import DENSE, EXPERTS, REMEDY, Attended, StageEngine
-from edgeflex.runtimes.tensorrt_build import engines_for, open_machine, read_recipe
+from edgeflex.runtimes.tensorrt_build import engines_for, messages_of, open_machine, read_recipe
+from edgeflex.runtimes.tensorrt_graphs import DecodeGraphs
 from edgeflex.runtimes.tensorrt_memory import (
     FLOAT_BYTES,
     DeviceClock,
@@ -38,7 +44,15 @@ from edgeflex.runtimes.tensorrt_memory import (
     upload_dense,
 )
 from edgeflex.runtimes.tensorrt_stages import ADDRESS_ALIGNMENT, Engines
-from edgeflex.runtimes.tensorrt_wiring import BoundStage, Wiring, most_choices, take_buffers, take_staging
+from edgeflex.runtimes.tensorrt_wiring import (
+    BoundStage,
+    Fetching,
+    Wiring,
+    decode_spans,
+    most_choices,
+    take_buffers,
+    take_staging,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,7 +65,7 @@ if TYPE_CHECKING:
     from edgeflex.runtimes.raw_store import Pair
     from edgeflex.runtimes.stage_engine import Pass, Waiting
     from edgeflex.runtimes.tensorrt_memory import Staging
-    from edgeflex.runtimes.tensorrt_wiring import Buffers, DecoderStages
+    from edgeflex.runtimes.tensorrt_wiring import Buffers, DecoderStages, DecodeSpans
     from edgeflex.schema_moe import DecoderManifest
 
     Float32 = NDArray[np.float32]
@@ -65,12 +79,21 @@ class _Device:
     stream: int
     clock: DeviceClock
     engines: Engines
+    graphs: DecodeGraphs
     buffers: Buffers
     staging: Staging
+    fetching: Fetching
     cache: DeviceKeyValues
     experts: ExpertArena
     dense_bytes: int
     integrated: bool
+
+
+class _Ready(NamedTuple):
+    """What runs: stages for any number of tokens, and what is recorded for one."""
+
+    stages: DecoderStages
+    single: DecodeSpans
 
 
 class TensorrtEngine(StageEngine[int, BoundStage]):
@@ -105,7 +128,7 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
         self._library = library
         self._top_k = most_choices(self._graph)
         self._device: _Device | None = None
-        self._stages: DecoderStages | None = None
+        self._ready: _Ready | None = None
         self._embedding: RawRows | None = None
         lacking = [one.index for one in self._graph.layers if one.index not in self._programs.sums]
         if lacking or (self._top_k and self._programs.gather is None):
@@ -155,14 +178,19 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
             self._check_limits(engines)
             held_bytes = cuda.allocated_bytes
             weights = upload_dense(cuda, stream, self._folder, self._manifest)
+            dense_bytes = cuda.allocated_bytes - held_bytes
+            buffers = take_buffers(cuda, self._graph, self._chunk_tokens)
+            staging = take_staging(cuda, self._graph, self._chunk_tokens)
             device = _Device(
                 cuda=cuda,
                 stream=stream,
                 clock=DeviceClock(cuda, stream, places=3),
                 engines=engines,
-                dense_bytes=cuda.allocated_bytes - held_bytes,
-                buffers=take_buffers(cuda, self._graph, self._chunk_tokens),
-                staging=take_staging(cuda, self._graph, self._chunk_tokens),
+                graphs=DecodeGraphs(cuda, stream, messages_of(machine.trt)),
+                dense_bytes=dense_bytes,
+                buffers=buffers,
+                staging=staging,
+                fetching=Fetching(cuda, stream, buffers, staging),
                 cache=DeviceKeyValues(cuda, stream, self._graph, self._context_tokens),
                 experts=ExpertArena(cuda, stream, integrated=machine.device.integrated),
                 integrated=machine.device.integrated,
@@ -173,8 +201,8 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
             raise
         self._device = device
         self._embedding = rows[0]
-        wiring = Wiring(self._graph, engines, device.buffers, device.cache, weights)
-        self._stages = wiring.stages(self._programs)
+        stages = Wiring(self._graph, engines, buffers, device.cache, weights).stages(self._programs)
+        self._ready = _Ready(stages, decode_spans(self._graph, stages, buffers, staging, device.fetching))
         return memory
 
     def _prepare(self, device: _Device) -> None:
@@ -211,9 +239,11 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes on the device of keys, values, activations and engines' scratch, and of a second arena; 0 unloaded."""
+        """Bytes on the device of keys, values, activations and what engines hold, and of a second arena; 0 unloaded."""
         device = self._device
-        return 0 if device is None else device.cuda.allocated_bytes - device.dense_bytes
+        if device is None:
+            return 0
+        return device.cuda.allocated_bytes - device.dense_bytes + device.engines.weights_bytes
 
     @property
     def unseen_bytes(self) -> int:
@@ -227,7 +257,7 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
         """Give everything back; a second call does nothing, and nothing runs afterwards."""
         super().close()
         # contexts and engines go before the memory that they point into
-        self._stages = self._embedding = None
+        self._ready = self._embedding = None
         device, self._device = self._device, None
         if device is not None:
             cuda = device.cuda
@@ -246,10 +276,10 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
     def _require_loaded(self) -> None:
         self._on_device()
 
-    def _loaded(self) -> DecoderStages:
-        if self._stages is None:
+    def _loaded(self) -> _Ready:
+        if self._ready is None:
             raise _closed()
-        return self._stages
+        return self._ready
 
     def _wait(self, device: _Device) -> None:
         """Wait until all that was queued is done."""
@@ -262,7 +292,7 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
     def _place(self, layer: int, expert: int, pair: Pair, offset: int, size_bytes: int) -> BoundStage:
         device = self._on_device()
         name = f"expert-{self._graph.layers[layer].expert_dim}.{pair.down.precision.value}.onnx"
-        stage = self._loaded().templates.get(name)
+        stage = self._loaded().stages.templates.get(name)
         if stage is None:
             raise BundleError(f"{self._folder}: no engine of {name!r} runs the experts of layer {layer}. {REMEDY}")
         starts = {}
@@ -285,7 +315,7 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
     def _begin_event(self, waiting: Waiting[int]) -> None:
         """Group the rows of several tokens by expert, and say where each choice's output will be."""
         tokens, top_k = waiting.experts.shape
-        gather = self._loaded().gather
+        gather = self._loaded().stages.gather
         if tokens == 1 or gather is None:
             return
         device = self._on_device()
@@ -314,9 +344,7 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
 
     def _sum(self, waiting: Waiting[int]) -> int:
         tokens, top_k = waiting.experts.shape
-        if self._graph.layers[waiting.layer].shared_dim:
-            self._run_dense(waiting.layer, tokens)
-        return self._run_sum(waiting.layer, tokens, top_k)
+        return self._end_layer(waiting.layer, tokens, top_k)
 
     # --- running --------------------------------------------------------------------------------------
 
@@ -331,28 +359,32 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
         device.staging.up(device.cuda, device.stream, "positions", positions, device.buffers.positions)
         return device.buffers.hidden
 
+    def _mend_past(self, position: int) -> None:
+        self._on_device().cache.clear(position)
+
     def _attend(self, running: Pass[int], layer: int) -> Attended[int]:
         device, attention, tokens = self._on_device(), self._graph.attention, running.tokens
         buffers, past = device.buffers, device.cache.past(layer, running.position)
-        device.clock.switch(DENSE)
-        bound = self._loaded().attention[layer]
-        bound.stage(
-            bound.places,
-            {
-                "x": (tokens, self._graph.hidden_dim),
-                "positions": (tokens,),
-                "key_cache": (attention.kv_heads, past, attention.head_dim),
-                "value_cache": (attention.kv_heads, past, attention.value_dim),
-            },
-        )
-        device.cache.write(layer, running.position, tokens, (buffers.keys, buffers.values))
         routing = self._graph.layers[layer].routing
+        shapes = {
+            "x": (tokens, self._graph.hidden_dim),
+            "positions": (tokens,),
+            "key_cache": (attention.kv_heads, past, attention.head_dim),
+            "value_cache": (attention.kv_heads, past, attention.value_dim),
+        }
+        device.clock.switch(DENSE)
+        if tokens == 1:
+            device.graphs.run(self._loaded().single.attention[layer], shapes)
+        else:
+            bound = self._loaded().stages.attention[layer]
+            bound.stage(bound.places, shapes)
+            if routing is not None:
+                device.fetching.choice(tokens * routing.top_k)
+        device.cache.write(layer, running.position, tokens, (buffers.keys, buffers.values))
         if routing is None:
             return Attended(buffers.residual, buffers.normed)
         shape = (tokens, routing.top_k)
         count = tokens * routing.top_k
-        device.staging.down(device.cuda, device.stream, "weights", count, buffers.weights)
-        device.staging.down(device.cuda, device.stream, "experts", count, buffers.experts)
         self._wait(device)
         weights = np.array(device.staging.arrays["weights"][:count], dtype=np.float32).reshape(shape)
         experts = np.array(device.staging.arrays["experts"][:count], dtype=np.int32).reshape(shape)
@@ -362,43 +394,39 @@ class TensorrtEngine(StageEngine[int, BoundStage]):
 
     def _feed_forward(self, running: Pass[int], layer: int, attended: Attended[int]) -> int:
         del attended
-        self._run_dense(layer, running.tokens)
-        return self._run_sum(layer, running.tokens, 0)
+        return self._end_layer(layer, running.tokens, 0)
 
-    def _run_dense(self, layer: int, tokens: int) -> None:
-        device, bound = self._on_device(), self._loaded().dense[layer]
+    def _end_layer(self, layer: int, tokens: int, top_k: int) -> int:
+        """Run a layer's dense part, where there is one, and add everything up."""
+        device, hidden = self._on_device(), self._graph.hidden_dim
+        rows, choice = (tokens, hidden), (tokens, top_k)
+        shapes = {
+            **dict.fromkeys(("y", "residual", "dense"), rows),
+            "outputs": (tokens * top_k, hidden),
+            **dict.fromkeys(("places", "weights"), choice),
+        }
         device.clock.switch(DENSE)
-        bound.stage(bound.places, {"y": (tokens, self._graph.hidden_dim)})
-
-    def _run_sum(self, layer: int, tokens: int, top_k: int) -> int:
-        device, bound = self._on_device(), self._loaded().sums[layer]
-        device.clock.switch(DENSE)
-        rows, choice = (tokens, self._graph.hidden_dim), (tokens, top_k)
-        places = dict(bound.places)
-        if top_k:
-            places["places"] = device.buffers.identity if tokens == 1 else device.buffers.places
-        bound.stage(
-            places,
-            {
-                "residual": rows,
-                "dense": rows,
-                "outputs": (tokens * top_k, rows[1]),
-                "places": choice,
-                "weights": choice,
-            },
-        )
+        if tokens == 1:
+            device.graphs.run(self._loaded().single.ends[layer], shapes)
+        else:
+            stages = self._loaded().stages
+            for bound in (stages.dense.get(layer), stages.sums[layer]):
+                if bound is not None:
+                    bound.stage(bound.places, shapes)
         return device.buffers.hidden
 
     def _head(self, running: Pass[int]) -> Float32:
-        device, bound = self._on_device(), self._loaded().head
+        device, bound = self._on_device(), self._loaded().stages.head
+        shapes = {"x": (1, self._graph.hidden_dim)}
         first = 0 if running.every_logit else running.tokens - 1
         found = np.empty((running.tokens - first, self._graph.vocabulary), dtype=np.float32)
         for row in range(first, running.tokens):
             device.clock.switch(DENSE)
-            bound.stage(
-                {**bound.places, "x": running.hidden + row * self._row_bytes}, {"x": (1, self._graph.hidden_dim)}
-            )
-            device.staging.down(device.cuda, device.stream, "logits", found.shape[1], device.buffers.logits)
+            if running.tokens == 1:
+                device.graphs.run(self._loaded().single.head, shapes)
+            else:
+                bound.stage({**bound.places, "x": running.hidden + row * self._row_bytes}, shapes)
+                device.fetching.logits()
             self._wait(device)
             found[row - first] = device.staging.arrays["logits"]
         if not np.isfinite(found).all():

@@ -179,6 +179,19 @@ class DeviceKeyValues:
             target = (address + position * row_bytes, rows * row_bytes)
             self._cuda.copy_rows(target, (source, width), width, self._heads, self._stream)
 
+    def clear(self, position: int) -> None:
+        """Queue zeros for everything from ``position`` on."""
+        for layer, pair in enumerate(self._places):
+            rows = self._arrange(layer, position)
+            for address, dim in zip(pair, self._dims, strict=True):
+                row_bytes = dim * FLOAT_BYTES
+                heads = [address + head * rows * row_bytes for head in range(self._heads)]
+                ends = [*heads[1:], address + self._heads * self._context_tokens * row_bytes]
+                for start, end in zip(heads, ends, strict=True):
+                    first = start + position * row_bytes
+                    if first < end:
+                        self._cuda.fill_zeros(first, end - first, self._stream)
+
     def _arrange(self, layer: int, filled: int) -> int:
         """Give each head as many rows as ``filled`` of them ask for, and return how many."""
         before, rows = self._rows[layer], past_rows(filled, self._context_tokens)

@@ -1,7 +1,8 @@
 """Engines of a decoder's stages: inputs and outputs by name, a context for each range of shapes, one scratch for all.
 
 The stages of a decoder run one after another on one stream, so that they share the memory in which an engine keeps
-what lives within a call; it is as large as the neediest of them wants it. No engine holds weights: they are inputs.
+what lives within a call; it is as large as the neediest of them wants it. No engine holds weights: they are inputs,
+but for experts on a device on which putting them into an engine was measured to be faster.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import read_bytes
 from edgeflex.runtimes.tensorrt_build import created, messages_of, said
+from edgeflex.schema_trt import RefitRecipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from edgeflex.runtimes.cuda_driver import CudaContext
@@ -87,10 +90,20 @@ class EngineStage:
         contexts: One for each profile of the recipe, in its order, or one where it has none.
         stream: Where work is queued.
         messages: TensorRT's logger.
+        another: Returns one more context for the profile of that number.
     """
 
-    def __init__(self, recipe: SegmentRecipe, contexts: Iterable[Any], stream: int, messages: Any) -> None:
+    def __init__(
+        self,
+        recipe: SegmentRecipe,
+        contexts: Iterable[Any],
+        stream: int,
+        messages: Any,
+        another: Callable[[int], Any] | None = None,
+    ) -> None:
         self.name = recipe.name
+        self._recipe = recipe
+        self._another = another
         self.inputs: dict[str, TensorSpec] = {spec.name: spec for spec in recipe.inputs}
         self.outputs: dict[str, TensorSpec] = {spec.name: spec for spec in recipe.outputs}
         self._profiles = recipe.profiles
@@ -100,6 +113,21 @@ class EngineStage:
         self._stream = stream
         self._messages = messages
         self._input_bytes = {spec.name: _static_bytes(spec) for spec in recipe.inputs}
+
+    def own(self, shapes: Mapping[str, Shape]) -> EngineStage:
+        """Return the same stage with a context that nobody else changes, for the range that holds these shapes.
+
+        Args:
+            shapes: Of the inputs that have an open axis; of others they are not looked at.
+
+        Raises:
+            DeviceError: No range holds them, or TensorRT makes no context.
+        """
+        if self._another is None:
+            raise DeviceError(f"{self.name}: no more contexts can be made of this engine. Build again.")
+        number = self._profile(tuple(shapes[name] for name in self._dynamic))
+        alone = self._recipe.model_copy(update={"profiles": self._profiles[number : number + 1]})
+        return EngineStage(alone, (self._another(number),), self._stream, self._messages)
 
     def require_bytes(self, name: str, size_bytes: int, what: str) -> None:
         """Refuse an input that is not exactly as large as what is handed to it.
@@ -178,6 +206,79 @@ class EngineStage:
         )
 
 
+class RefitStage(EngineStage):
+    """An engine whose constants are an expert's weights, put there on the stream before each run.
+
+    Weights are asked for as inputs would be, by name and address, and copied to one place on the device, from which
+    TensorRT takes them: a place is named to it once, since its binding keeps all that it is ever handed. The engine
+    holds one expert, so that each run of another pays for the way in; on one stream no run can see half of it.
+
+    Args:
+        recipe: Of the engine.
+        contexts: One for each profile of the recipe, in its order.
+        stream: Where work is queued.
+        cuda: The device's context.
+        engine: TensorRT's own, built so that its weights can be replaced.
+        trt: TensorRT.
+
+    Raises:
+        DeviceError: TensorRT does not let these weights be replaced, or there is too little memory.
+    """
+
+    def __init__(
+        self,
+        recipe: RefitRecipe,
+        contexts: Iterable[Any],
+        stream: int,
+        *,
+        cuda: CudaContext,
+        engine: Any,
+        trt: Any,
+    ) -> None:
+        messages = messages_of(trt)
+        super().__init__(recipe, contexts, stream, messages)
+        self._cuda = cuda
+        sizes = {spec.name: _static_bytes(spec) for spec in recipe.weights}
+        self._weights = {name: (cuda.allocate(size), size) for name, size in sizes.items()}
+        self._input_bytes |= sizes
+        messages.errors.clear()
+        try:
+            self._refitter = trt.Refitter(engine, messages)
+        except TypeError:  # the binding's word for "the factory gave nothing"
+            self._refitter = None
+        if self._refitter is None:
+            raise self._failed("lets no weights be replaced")
+        self._refitter.weights_validation = False  # asks for conversions, of which there are none
+        for name, (address, size) in self._weights.items():
+            values = trt.Weights(trt.DataType.FLOAT, address, size // 4)
+            if not self._refitter.set_named_weights(name, values, trt.TensorLocation.DEVICE):
+                raise self._failed(f"does not let {name!r} be replaced")
+        missing = self._refitter.get_missing_weights()
+        if missing:
+            raise self._failed(f"wants {', '.join(missing)} to be replaced too")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of an expert's weights, of which the engine has its own copy."""
+        return sum(size for _, size in self._weights.values())
+
+    def __call__(self, places: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
+        """Queue the way of an expert's weights into the engine, and a run.
+
+        Args:
+            places: Device address of every input and output, and of every weight.
+            shapes: Of the inputs that have an open axis; of others they are not looked at.
+
+        Raises:
+            DeviceError: TensorRT refuses weights, a place or a shape, or fails.
+        """
+        for name, (address, size) in self._weights.items():
+            self._cuda.copy(address, places[name], size, self._stream)
+        if not self._refitter.refit_cuda_engine_async(self._stream):
+            raise self._failed("could not take an expert's weights")
+        super().__call__({name: one for name, one in places.items() if name not in self._weights}, shapes)
+
+
 def _static_bytes(spec: TensorSpec) -> int:
     """Return the bytes of a tensor without open axes, and 0 for others."""
     if spec.dynamic:
@@ -218,18 +319,29 @@ class Engines:
         self._messages = messages_of(machine.trt)
         self._runtime = created(machine.trt, "Runtime")
         held = {one.segment: one for one in index.engines}
-        engines = {one.name: load_engine(self._runtime, folder, held[one.name], machine) for one in recipe.segments}
-        for one in recipe.segments:
+        chosen = {one.segment for one in index.experts if one.way == "refit"}
+        refits = {one.rival_of: one for one in recipe.refits if one.rival_of in chosen}
+        wanted: list[SegmentRecipe] = [refits.get(one.name, one) for one in recipe.segments]
+        engines = {one.name: load_engine(self._runtime, folder, held[one.name], machine) for one in wanted}
+        for one in wanted:
             _check_tensors(engines[one.name], one, machine.trt, folder)
         needs = max(int(engine.device_memory_size_v2) for engine in engines.values())
         self.scratch_bytes = max(needs, ADDRESS_ALIGNMENT)
         self._scratch = cuda.allocate(self.scratch_bytes)
         # contexts point into engines, engines into the runtime: all are kept here
         self._engines = engines
-        self._stages = {one.onnx: self._stage(one, stream, machine.trt) for one in recipe.segments}
+        self._stages = {
+            one.onnx: self._stage(cuda, used, stream, machine.trt)
+            for one, used in zip(recipe.segments, wanted, strict=True)
+        }
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes on the device of weights that engines have copies of."""
+        return sum(one.weights_bytes for one in self._stages.values() if isinstance(one, RefitStage))
 
     def stage(self, onnx: str) -> EngineStage:
-        """Return the stage that was built from a graph.
+        """Return the stage that was built from a graph, or its rival where that is how experts get their weights here.
 
         Raises:
             BundleError: The recipe has none.
@@ -239,24 +351,28 @@ class Engines:
             raise BundleError(f"the recipe builds no engine of {onnx!r}. {_REEXPORT}")
         return found
 
-    def _stage(self, recipe: SegmentRecipe, stream: int, trt: Any) -> EngineStage:
-        contexts = [self._context(recipe, number, stream, trt) for number in range(max(1, len(recipe.profiles)))]
-        return EngineStage(recipe, contexts, stream, self._messages)
+    def _stage(self, cuda: CudaContext, recipe: SegmentRecipe, stream: int, trt: Any) -> EngineStage:
+        scratch, engine = (self._scratch, self.scratch_bytes), self._engines[recipe.name]
+        another = partial(_context, engine, recipe.name, stream, scratch, trt)
+        contexts = [another(number) for number in range(max(1, len(recipe.profiles)))]
+        if isinstance(recipe, RefitRecipe):
+            return RefitStage(recipe, contexts, stream, cuda=cuda, engine=engine, trt=trt)
+        return EngineStage(recipe, contexts, stream, self._messages, another)
 
-    def _context(self, recipe: SegmentRecipe, profile: int, stream: int, trt: Any) -> Any:
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engines[recipe.name].create_execution_context(strategy)
-        if context is None:
-            raise DeviceError(
-                f"{recipe.name}: TensorRT could not make an execution context: {said(self._messages)}. "
-                "Close other programs that use the device, or plan for a smaller memory budget."
-            )
-        if profile and not context.set_optimization_profile_async(profile, stream):
-            raise DeviceError(
-                f"{recipe.name}: TensorRT refuses profile {profile}: {said(self._messages)}. Build again."
-            )
-        context.set_device_memory(self._scratch, self.scratch_bytes)
-        return context
+
+def _context(engine: Any, name: str, stream: int, scratch: tuple[int, int], trt: Any, profile: int) -> Any:
+    """Return a new context of an engine, with the scratch (address, bytes) that all share."""
+    messages = messages_of(trt)
+    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if context is None:
+        raise DeviceError(
+            f"{name}: TensorRT could not make an execution context: {said(messages)}. "
+            "Close other programs that use the device, or plan for a smaller memory budget."
+        )
+    if profile and not context.set_optimization_profile_async(profile, stream):
+        raise DeviceError(f"{name}: TensorRT refuses profile {profile}: {said(messages)}. Build again.")
+    context.set_device_memory(*scratch)
+    return context
 
 
 def _check_tensors(engine: Any, recipe: SegmentRecipe, trt: Any, folder: Path) -> None:

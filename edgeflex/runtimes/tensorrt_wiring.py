@@ -6,12 +6,14 @@ Every stage has its addresses once and for all; a run replaces those few that ch
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgeflex.errors import BundleError
 from edgeflex.runtimes.stage_engine import REMEDY
+from edgeflex.runtimes.tensorrt_graphs import Span, Watched
 from edgeflex.runtimes.tensorrt_memory import FLOAT_BYTES, Staging
 
 if TYPE_CHECKING:
@@ -147,6 +149,80 @@ class DecoderStages:
     head: BoundStage
     gather: BoundStage | None
     templates: Mapping[str, EngineStage]
+
+
+class DecodeSpans(NamedTuple):
+    """What runs between two waits while single tokens are decoded, with places that never change.
+
+    Experts are in none: their places do.
+
+    Attributes:
+        attention: By layer; with the way back of the router's choice where the layer has one.
+        ends: By layer: the dense part, where there is one, and the sum.
+        head: With the way back of the logits.
+    """
+
+    attention: tuple[Span, ...]
+    ends: tuple[Span, ...]
+    head: Span
+
+
+class Fetching:
+    """Queues the way back of what a pass made.
+
+    Args:
+        cuda: The device's context.
+        stream: Where copies are queued.
+        buffers: What is fetched.
+        staging: Where it arrives.
+    """
+
+    def __init__(self, cuda: CudaContext, stream: int, buffers: Buffers, staging: Staging) -> None:
+        self._cuda = cuda
+        self._stream = stream
+        self._buffers = buffers
+        self._staging = staging
+
+    def choice(self, count: int) -> None:
+        """Queue ``count`` choices of experts, and their weights."""
+        self._staging.down(self._cuda, self._stream, "weights", count, self._buffers.weights)
+        self._staging.down(self._cuda, self._stream, "experts", count, self._buffers.experts)
+
+    def logits(self) -> None:
+        """Queue a row of logits."""
+        count = self._staging.arrays["logits"].size
+        self._staging.down(self._cuda, self._stream, "logits", count, self._buffers.logits)
+
+
+def decode_spans(
+    graph: DecoderGraph, stages: DecoderStages, buffers: Buffers, staging: Staging, fetching: Fetching
+) -> DecodeSpans:
+    """Return the spans of single tokens; layers that end alike, without weights of their own, share one."""
+    arrays = staging.arrays
+    row = arrays["hidden"][: graph.hidden_dim]
+    attention: list[Span] = []
+    ends: list[Span] = []
+    bare: dict[str, Span] = {}
+    for layer in graph.layers:
+        top_k = layer.routing.top_k if layer.routing else 0
+        watched = [Watched(buffers.residual, row, fetched=False)]
+        if top_k:
+            watched.append(Watched(buffers.weights, arrays["weights"][:top_k], fetched=True))
+            watched.append(Watched(buffers.experts, arrays["experts"][:top_k], fetched=True))
+        fetch = partial(fetching.choice, top_k) if top_k else None
+        attention.append(Span([stages.attention[layer.index]], watched, fetch))
+        stage, places = stages.sums[layer.index]
+        sums = BoundStage(stage, {**places, "places": buffers.identity} if top_k else places)
+        dense = stages.dense.get(layer.index)
+        end = bare.get(stage.name) if dense is None else None
+        if end is None:
+            calls = [sums] if dense is None else [dense, sums]
+            end = Span(calls, [Watched(buffers.hidden, row, fetched=False)])
+        if dense is None:
+            bare[stage.name] = end
+        ends.append(end)
+    head = Span([stages.head], [Watched(buffers.logits, arrays["logits"], fetched=True)], fetching.logits)
+    return DecodeSpans(tuple(attention), tuple(ends), head)
 
 
 class Wiring:

@@ -178,12 +178,17 @@ class TieredCache:
         Raises:
             InputError: An expert does not exist, or RAM cannot hold what the event needs (see ``parts``).
         """
-        self._close()
+        if self._open is not None:
+            self._close()
         gpu_hits, misses = self._vram.look(step, layer, experts, weights, decoding=decoding)
         ram_hits, flash, evicted = self._below(step, layer, experts, weights, gpu_hits, misses, decoding=decoding)
-        sizes = self._sizes[layer]
-        flash_bytes = sum([sizes[expert] for expert in flash])
-        self._count(decoding, (len(gpu_hits), len(ram_hits), len(flash), flash_bytes), first=0)
+        tally = self._tally[decoding]
+        tally[0] += len(gpu_hits)
+        tally[1] += len(ram_hits)
+        if flash:
+            sizes = self._sizes[layer]
+            tally[2] += len(flash)
+            tally[3] += sum([sizes[expert] for expert in flash])
         self._open = (layer, frozenset(misses), decoding)
         return TierOutcome(gpu_hits, ram_hits, flash, self._fitting(layer, experts, weights, misses), evicted)
 
@@ -201,9 +206,12 @@ class TieredCache:
         evicted = self._vram.admit(chosen)
         self._open = None
         demoted, evicted_ram = self._exchange(layer, chosen, evicted)
-        upload_bytes = sum([self._sizes[layer][expert] for expert in chosen])
-        demoted_bytes = sum([self._sizes[of][expert] for of, expert in demoted])
-        self._count(decoding, (len(chosen), upload_bytes, len(demoted), demoted_bytes), first=4)
+        if chosen:
+            tally = self._tally[decoding]
+            tally[4] += len(chosen)
+            tally[5] += sum([self._sizes[layer][expert] for expert in chosen])
+            tally[6] += len(demoted)
+            tally[7] += sum([self._sizes[of][expert] for of, expert in demoted])
         return Admission(evicted, demoted, evicted_ram)
 
     def warm(self, order: Iterable[Pair]) -> None:
@@ -311,6 +319,8 @@ class TieredCache:
         self, layer: int, experts: Sequence[int], weights: Sequence[float] | None, misses: tuple[int, ...]
     ) -> tuple[int, ...]:
         """Return the misses that VRAM can take beside the event's hits."""
+        if not misses:
+            return ()
         sizes = self._sizes[layer]
         room = self._vram.capacity_bytes - sum([sizes[expert] for expert in experts])
         if room >= 0:
@@ -337,8 +347,9 @@ class TieredCache:
         return layer, decoding
 
     def _close(self) -> None:
-        if self._open is not None:
-            self.admit(())
+        """End an event of which nothing was uploaded: queues are told of it only now."""
+        self._vram.admit(())
+        self._open = None
 
     def _exchange(
         self, layer: int, uploaded: tuple[int, ...], evicted: tuple[Pair, ...]
@@ -348,11 +359,6 @@ class TieredCache:
             return (), ()
         self._ram.release(layer, uploaded)
         return self._ram.take(evicted)
-
-    def _count(self, decoding: bool, amounts: tuple[int, int, int, int], *, first: int) -> None:
-        tally = self._tally[decoding]
-        for place, amount in enumerate(amounts, first):
-            tally[place] += amount
 
 
 class AheadCache(TieredCache):

@@ -248,7 +248,7 @@ def _drop_checks(plan: Plan, answers: _Answers, reference_accuracy: float) -> li
         accuracy = proportion_bounds(int(answers.answered.sum()), samples, LEVEL)
         low, high = reference_accuracy - accuracy[1], reference_accuracy - accuracy[0]
         how = "the reference accuracy is the plan's, from other images"
-    note = f"{LEVEL:.0%} interval {low:.4f} to {high:.4f} (Clopper–Pearson, {samples} images); {how}"
+    note = f"{LEVEL * 100:.0f} % interval over {samples:,} images (Clopper–Pearson); {how}"
     return [
         Check(
             name="accuracy drop",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeflex.runtimes.curves import RESOURCES
+from edgeflex.runtimes.division import copied_share
 from edgeflex.runtimes.strategies import Machine, Setup, Strategy
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
     Int64 = NDArray[np.int64]
 
-# The first follows a change of the text, which the calibration's part may not show, and risks little: another variant
-# must be quicker there by this, and a static placement, which cannot follow at all, by more.
-HORIZONS = (8.0, 3.0, 20.0)
-_GAIN, _STATIC_GAIN = 0.02, 0.03
+# A cache follows a change of the text, which the calibration's part may not show, and risks little: a static placement,
+# which cannot follow at all, must be quicker there by this.
+HORIZON = 8.0  # passes that a cache looks ahead, in a run too
+_STATIC_GAIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,8 @@ def choose_strategy(
         )
         return found.mean_s
 
-    chosen = Strategy("ours", horizon=HORIZONS[0])
-    least_s = first_s = token_s(chosen)
-    others = [(Strategy("ours", horizon=horizon), _GAIN) for horizon in HORIZONS[1:]]
-    for strategy, gain in [*others, (Strategy("ours", static=True), _STATIC_GAIN)]:
-        seconds = token_s(strategy)
-        if seconds < min(least_s, first_s * (1.0 - gain)):
-            chosen, least_s = strategy, seconds
-    return chosen
+    follows, listed = Strategy("ours", horizon=HORIZON), Strategy("ours", static=True)
+    return listed if token_s(listed) < token_s(follows) * (1.0 - _STATIC_GAIN) else follows
 
 
 class _Clock:
@@ -243,8 +238,8 @@ class _Clock:
         self._bytes["ahead"] += served.ahead_bytes
         self._bytes["upload"] += sum([size_of[key] for key in served.plan.uploaded])
         if served.division is not None:
-            key, share = served.division.key, served.division.share
-            self._bytes["upload"] -= round((1.0 - share) * size_of[key])
+            size_bytes = size_of[served.division.key]
+            self._bytes["upload"] -= size_bytes - int(copied_share(served.division.share) * size_bytes)
         self._bytes["flash"] += sum([size_of[key] for key in served.plan.read])
         self._lookups += len(served.active)
         self._gpu_hits += sum([one.place == "gpu" for one in served.active])

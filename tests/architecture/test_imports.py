@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -102,10 +102,12 @@ for line in {commands()!r}:
 
 
 def test_help_takes_less_than_half_a_second():
+    # of the processor: what else runs on this machine is not the command's
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "edgeflex", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert statistics.median(seconds() for _ in range(3)) < 0.5
 
@@ -138,6 +140,7 @@ for name in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_every_module_can_be_the_first_that_is_imported():
     # A fork per module starts without any of ours, but with the heavy packages that they share; one a core at a time.
     code = """

@@ -74,13 +74,13 @@ def test_a_bench_holds_every_promise_against_its_measurement(tmp_path: Path) -> 
         "worst latency": False,
         "mean latency budget": True,
         "p95 latency budget": False,
-        "host memory budget": False,
+        "memory budget": False,
         "program size": True,
         "program size budget": True,
     }
     assert checks["program size"].measured == len(toy_program())
     assert checks["p95 latency budget"].limit == 1e-9
-    assert checks["host memory budget"].measured == result.peak_memory_bytes
+    assert checks["memory budget"].measured == result.peak_memory_bytes
     assert (result.before.load_average, result.after.load_average) == (1.0, 2.0)
     exits = exits_for(reference_probabilities(inputs), plan.thresholds)
     assert result.exit_shares == tuple(np.bincount(exits, minlength=3) / IMAGES)

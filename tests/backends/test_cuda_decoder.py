@@ -1,6 +1,7 @@
-"""A decoder on a device: the processor's tokens wherever experts are, no byte above the plan, and no fault unseen.
+"""A decoder on a device: tiers and schedules, no byte above the plan, and no fault unseen.
 
 The processor stands in for the device, so that all but streams is what runs on a GPU.
+``tests/contracts/test_decoder_engines.py`` has what every engine keeps.
 """
 
 from __future__ import annotations
@@ -21,74 +22,47 @@ import torch
 
 from edgeflex.bundle_moe import open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError, MissingDependencyError
-from edgeflex.exporters.decoder import export_decoder
-from edgeflex.exporters.decoder_files import BundleWeights
-from edgeflex.exporters.onnx_decoder import export_onnx_decoder
-from edgeflex.models.decoder_reference import Reference
 from edgeflex.progress import Silent
-from edgeflex.runtimes.cuda_decoder import DeviceEngine
+from edgeflex.runtimes import cuda_driver
 from edgeflex.runtimes.cuda_experts import LANDING_EXPERTS, RULES
 from edgeflex.runtimes.cuda_host import NativeExperts, TorchExperts, open_host
-from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_streams import HostMemory, HostStreams
 from edgeflex.runtimes.cuda_weights import Shape, feed_forward, open_experts, restored, run_expert
-from edgeflex.runtimes.curves import Curve, Curves
 from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder_bench import verify_decoder
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.native import RawExperts, RawMatrix
 from edgeflex.runtimes.tiers import tier_replay
 from edgeflex.schema import Precision
-from edgeflex.schema_moe import Attention, DecoderGraph, DecoderLayer, Routing
 from edgeflex.transforms.decoder_weights import dequantize, quantize_matrix
-from tests.random_decoder import RandomSource, exact_plan, mixed_plan
-from tests.tiny_decoder import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_graph
+from tests.engine_samples import (
+    ALL,
+    CUDA,
+    EVEN,
+    NATIVE,
+    NEW,
+    ORDER,
+    PROMPT,
+    Lab,
+    expert_sizes,
+    fixed_bytes,
+    forced_logits,
+)
 
-PROMPT = [7, 3, 90, 3, 3, 15, 42, 61, 8, 8, 30]  # a chunk of 8 and one of 3
-NEW = 24
-ALL = 1 << 30
-ORDER = [(layer, expert) for expert in range(EXPERTS) for layer in range(1, LAYERS)]
-# Copies as dear as a product on the processor: schedules then mix both.
-EVEN = Curves(gpu=Curve(((1, 1e-6),)), cpu=Curve(((1, 1e-3),)), link_bytes_per_s=12e6, link_latency_s=1e-4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Any:
-    return RandomSource(tiny_graph(), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def exact(source, tmp_path_factory) -> Path:
-    """The bundle with everything in fp32."""
-    folder: Path = tmp_path_factory.mktemp("exact") / "bundle"
-    export_onnx_decoder(source, exact_plan(source.graph), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(source, tmp_path_factory) -> Path:
+def bundle(bundles) -> Path:
     """The bundle with experts of two precisions, and so of two sizes."""
-    folder: Path = tmp_path_factory.mktemp("mixed") / "bundle"
-    export_onnx_decoder(source, mixed_plan(source.graph), folder)
+    folder: Path = bundles.mixed(CUDA)
     return folder
 
 
 @pytest.fixture(scope="module")
-def rounded(source, bundle) -> Reference:
-    """The reference with the mixed bundle's own numbers."""
-    return Reference(source, BundleWeights(bundle, open_decoder_bundle(bundle).manifest.matrices, source))
-
-
-@pytest.fixture(scope="module")
-def expected(rounded) -> list[int]:
-    return list(rounded.generate(PROMPT, NEW))
+def expected(bundles) -> list[int]:
+    said: list[int] = bundles.said(CUDA)
+    return said
 
 
 @pytest.fixture
@@ -97,37 +71,6 @@ def own(bundle, tmp_path) -> Path:
     folder: Path = tmp_path / "own"
     shutil.copytree(bundle, folder)
     return folder
-
-
-def fixed_bytes(folder: Path, dtype: torch.dtype = torch.float32) -> int:
-    """Return what the decoder takes of the device beside experts."""
-    manifest = open_decoder_bundle(folder).manifest
-    _, kinds = open_experts(folder, manifest)
-    plan = manifest.plan
-    sizes = {"context_tokens": plan.context_tokens, "chunk_tokens": plan.prefill_chunk_tokens}
-    return device_bytes(manifest, kinds, dtype, library_bytes=0, **sizes).total
-
-
-def sizes_of(folder: Path) -> tuple[int, int]:
-    """Return the bytes of the largest expert, and of all."""
-    store, _ = open_experts(folder, open_decoder_bundle(folder).manifest)
-    return int(store.sizes.max()), int(store.sizes.sum())
-
-
-def tiers_of(folder: Path) -> list[tuple[int, int]]:
-    """Return (device, processor) bytes for experts: copies kept, experts exchanged, no RAM tier; small to all."""
-    one, total = sizes_of(folder)
-    return [
-        (one, 0),
-        (one, total),
-        (2 * one, 4 * one),
-        (3 * one + 4096, 3 * one),  # not enough for copies: the tiers hold different experts
-        (total // 2, one),
-        (total // 2, total // 2),
-        (total - 4096, 0),
-        (total, total),
-        (ALL, ALL),
-    ]
 
 
 def settings(folder: Path, tiers: tuple[int, int], *, parts: Any = None, **more: Any) -> Settings:
@@ -141,34 +84,20 @@ def settings(folder: Path, tiers: tuple[int, int], *, parts: Any = None, **more:
     )
 
 
-def noting(rows: list[Any], forced: list[int] | None = None) -> Any:
-    """Return a sampler that notes the logits and says ``forced``, or what is greedy."""
-
-    def choose(row: Any) -> int:
-        rows.append(row)
-        return int(row.argmax()) if forced is None else forced[len(rows) % len(forced)]
-
-    return choose
-
-
-def tied_latent_graph() -> DecoderGraph:
-    """DeepSeek-V2's attention, ungated shared experts, scaled routing, a tied head."""
-    attention = Attention(
-        kind="latent",
-        heads=4,
-        kv_heads=4,
-        head_dim=24,
-        value_dim=16,
-        rotary_dim=8,
-        latent_dim=32,
-        inverse_frequencies=tuple(10000.0 ** (-i / 4) for i in range(4)),
-        rotary_scale=1.1,
-        softmax_scale=0.2,
-    )
-    routing = Routing(experts=EXPERTS, top_k=3, normalised=False, scale=1.5)
-    layers = [DecoderLayer(index=index, routing=routing, expert_dim=64, shared_dim=32) for index in range(2)]
-    changes = {"attention": attention, "layers": tuple(layers), "tied_embedding": True}
-    return tiny_graph().model_copy(update=changes)
+def tiers_of(folder: Path) -> list[tuple[int, int]]:
+    """Return (device, processor) bytes for experts: copies kept, experts exchanged, no RAM tier; small to all."""
+    one, total = expert_sizes(folder)
+    return [
+        (one, 0),
+        (one, total),
+        (2 * one, 4 * one),
+        (3 * one + 4096, 3 * one),  # not enough for copies: the tiers hold different experts
+        (total // 2, one),
+        (total // 2, total // 2),
+        (total - 4096, 0),
+        (total, total),
+        (ALL, ALL),
+    ]
 
 
 # --- numbers -------------------------------------------------------------------------------------------
@@ -278,16 +207,12 @@ def test_without_native_kernels_pytorch_computes_and_says_so(monkeypatch):
 # --- tokens --------------------------------------------------------------------------------------------
 
 
-def test_fp32_says_what_the_processor_says_with_everything_in_memory(source, exact, tmp_path):
-    export_decoder(source, exact_plan(source.graph), tmp_path / "other", stock=False)
-    with DecoderSession.from_bundle(tmp_path / "other", Settings(cache_bytes=ALL)) as session:
-        said = list(session.generate(PROMPT, NEW))
-    assert len(set(said)) > NEW // 3
-    for folder in (exact, tmp_path / "other"):
-        for rule in RULES:
+def test_fp32_says_what_the_reference_says_in_all_tiers_by_all_rules(bundles):
+    for folder, rules in ((bundles.exact(CUDA), RULES), (bundles.exact(NATIVE), ("auto",))):
+        for rule in rules:
             for tiers in tiers_of(folder)[::2]:
                 with DecoderSession.from_bundle(folder, settings(folder, tiers, device_rule=rule)) as session:
-                    assert list(session.generate(PROMPT, NEW)) == said
+                    assert list(session.generate(PROMPT, NEW)) == bundles.exactly_said()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -299,68 +224,26 @@ def test_tokens_are_the_same_in_all_sizes_of_tiers(bundle, expected, rule, polic
             assert list(session.generate(PROMPT, NEW)) == expected
             assert list(session.generate(PROMPT, NEW)) == expected
             cache = session.stats().cache
-            assert cache.peak_bytes <= cache.capacity_bytes <= max(tiers[0], sizes_of(bundle)[0])
+            assert cache.peak_bytes <= cache.capacity_bytes <= max(tiers[0], expert_sizes(bundle)[0])
 
 
-def test_a_bundle_for_executorch_is_read_as_it_lies(source, expected, tmp_path):
-    export_decoder(source, mixed_plan(source.graph), tmp_path / "bundle", stock=False)
-    for tiers in tiers_of(tmp_path / "bundle")[:4]:
-        with DecoderSession.from_bundle(tmp_path / "bundle", settings(tmp_path / "bundle", tiers)) as session:
-            assert list(session.generate(PROMPT, NEW)) == expected
-    assert not list((tmp_path / "bundle").glob("packed-*"))
-
-
-def test_latent_attention_and_a_tied_head_say_what_the_reference_says(tmp_path):
-    graph = tied_latent_graph()
-    source: Any = RandomSource(graph, tmp_path / "model")
+def test_a_bundle_for_executorch_is_read_as_it_lies(bundles, expected, tmp_path):
     folder = tmp_path / "bundle"
-    manifest = export_onnx_decoder(source, mixed_plan(graph), folder)
-    said = Reference(source, BundleWeights(folder, manifest.matrices, source)).generate(PROMPT, NEW)
-    for tiers in tiers_of(folder)[:5]:
+    shutil.copytree(bundles.mixed(NATIVE), folder, ignore=shutil.ignore_patterns("packed-*"))
+    for tiers in tiers_of(folder)[:4]:
         with DecoderSession.from_bundle(folder, settings(folder, tiers)) as session:
-            assert list(session.generate(PROMPT, NEW)) == list(said)
+            assert list(session.generate(PROMPT, NEW)) == expected
+    assert not list(folder.glob("packed-*"))
 
 
-def logits_of(folder: Path, tokens: list[int], precision: str) -> np.ndarray:
-    rows: list[Any] = []
-    chosen = settings(folder, tiers_of(folder)[2], device_precision=precision)
-    with DecoderSession.from_bundle(folder, chosen) as session:
-        list(session.generate(tokens[:1], len(tokens), noting(rows, tokens)))
-    return np.stack(rows)
-
-
-def test_logits_in_fp32_are_the_references_to_rounding(bundle, rounded):
-    tokens = [*PROMPT, *range(20)]
-    wanted = rounded.logits(torch.tensor([tokens]))[0].numpy()
-    assert np.abs(logits_of(bundle, tokens, "fp32") - wanted).max() < 2e-5 * np.abs(wanted).max()
-
-
-def test_logits_in_bf16_stay_near_the_references(bundle, rounded):
+def test_logits_in_bf16_stay_near_the_references(bundle, bundles):
     # a random router has near ties, and where one falls the other way a token's logits are another expert's
     tokens = [*PROMPT, *range(20)]
-    wanted = rounded.logits(torch.tensor([tokens]))[0].numpy()
-    found = logits_of(bundle, tokens, "bf16")
+    wanted = bundles.rounded().logits(torch.tensor([tokens]))[0].numpy()
+    chosen = settings(bundle, tiers_of(bundle)[2], device_precision="bf16")
+    found = forced_logits(DecoderSession.from_bundle(bundle, chosen), tokens)
     assert np.median(np.abs(found - wanted)) < 0.02 * np.abs(wanted).max()
     assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() > 0.8
-
-
-def test_tokens_are_the_same_however_the_prompt_is_cut(bundle, expected):
-    for chunk in (1, 3, 11, 64):
-        chosen = settings(bundle, tiers_of(bundle)[2], chunk_tokens=chunk)
-        chosen = Settings(**{**vars(chosen), "vram_bytes": None})
-        with DecoderSession.from_bundle(bundle, chosen) as session:
-            assert list(session.generate(PROMPT, NEW)) == expected
-
-
-def test_a_long_prompt_and_what_is_continued_are_as_one_prompt(bundle, rounded):
-    long = [one % VOCABULARY for one in range(3, 3 + 5 * 45, 5)]
-    said = list(rounded.generate(long, 5))
-    with DecoderSession.from_bundle(bundle, settings(bundle, tiers_of(bundle)[3])) as session:
-        assert list(session.generate(long, 5)) == said
-        list(session.generate(long[:20], 1))
-        first = list(session.generate(long[:20], 3))
-        more = list(session.generate([5, 6], 6, continued=True))
-        assert list(session.generate([*long[:20], *first, 5, 6], 6)) == more
 
 
 # --- tiers ---------------------------------------------------------------------------------------------
@@ -392,7 +275,7 @@ def test_the_quickest_mix_uses_both_ways_and_the_rules_only_theirs(bundle):
 
 
 def test_copies_are_made_ahead_of_events_and_fill_the_device(bundle, expected):
-    one, total = sizes_of(bundle)
+    one, total = expert_sizes(bundle)
     dear = replace(EVEN, link_bytes_per_s=1e9, link_latency_s=2e-3)  # dearer than the processor: no event uploads
     for held in (2 * one, total // 2, total):
         chosen = settings(bundle, (held, total), parts={"curves": dear})
@@ -495,7 +378,7 @@ def test_an_allocation_refused_anywhere_leaves_nothing_behind(bundle):
 @pytest.mark.parametrize("failing", [0, 3, 11])
 def test_a_failed_copy_is_told_and_the_session_lives_on(bundle, expected, failing):
     streams = Counting(failing=failing)
-    chosen = settings(bundle, (2 * sizes_of(bundle)[0], ALL), parts={"streams": streams}, device_rule="upload")
+    chosen = settings(bundle, (2 * expert_sizes(bundle)[0], ALL), parts={"streams": streams}, device_rule="upload")
     with DecoderSession.from_bundle(bundle, chosen) as session:
         said: list[int] = []
         with pytest.raises(DeviceError, match="illegal memory access") as caught:
@@ -576,27 +459,6 @@ def test_a_read_error_is_told_and_the_session_lives_on(bundle, expected, tiers):
         assert list(session.generate(PROMPT, NEW)) == expected
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])
-def test_a_damaged_expert_is_found_at_its_first_use(own, fault):
-    for path in (own / "experts" / "layer-2").iterdir():
-        if fault == "missing":
-            path.unlink()
-            continue
-        raw = bytearray(path.read_bytes())
-        raw[-1] ^= 128
-        path.write_bytes(raw if fault == "flipped" else raw[:4096])
-    manifest = open_decoder_bundle(own).manifest if fault == "flipped" else None
-    if manifest is None:  # opening a bundle already finds sizes
-        with pytest.raises(BundleError):
-            open_decoder_bundle(own)
-        return
-    with (
-        DecoderSession(own, manifest, settings(own, tiers_of(own)[2])) as session,
-        pytest.raises(BundleError, match=r"layers\.2\.experts\.\d"),
-    ):
-        list(session.generate(PROMPT, NEW))
-
-
 def test_damaged_dense_parts_are_found_at_load(own):
     manifest = open_decoder_bundle(own).manifest
     chosen = settings(own, tiers_of(own)[2])
@@ -609,7 +471,7 @@ def test_damaged_dense_parts_are_found_at_load(own):
 
 
 def test_what_cannot_be_is_refused(bundle):
-    one, _ = sizes_of(bundle)
+    one, _ = expert_sizes(bundle)
     for changes, kind, said in (
         ({"device": "gpu"}, InputError, "'gpu' is unknown"),
         ({"device_rule": "guess"}, InputError, "rule 'guess'"),
@@ -638,33 +500,32 @@ def test_without_a_gpu_cuda_is_refused_in_one_line(bundle):
         pass
 
 
+def test_verify_refuses_an_impossible_place_before_it_reads_a_file(bundle, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr("edgeflex.bundle_moe.sha256_file", read.append)
+    monkeypatch.setattr(cuda_driver, "_load", lambda: None)
+    for chosen, kind, said in (
+        (Settings(vram_bytes=1 << 30), InputError, "--device cuda"),
+        (Settings(threads=0), InputError, "0 threads"),
+        (Settings(device="cuda"), DeviceError, "no CUDA device to answer on: no NVIDIA driver"),
+    ):
+        with pytest.raises(kind, match=said):
+            verify_decoder(bundle, settings=chosen)
+    assert read == []
+
+
 # --- the engine by itself ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def engine(bundle):
-    manifest = open_decoder_bundle(bundle).manifest
-    store, kinds = open_experts(bundle, manifest)
-    made = DeviceEngine(
-        bundle, manifest, kinds, HostStreams(), TorchExperts(), dtype=torch.float32, context_tokens=64, chunk_tokens=8
-    )
-    made.load()
-    arena = made.arena(int(store.sizes.sum()))
-    made.memory.device_arena(int(store.sizes.sum()))
-    offsets, end = {}, 0
-    for key, expert in store.experts.items():
-        data = np.fromfile(expert.record.file, np.uint8)
-        arena[end : end + data.size] = data
-        offsets[key] = end
-        end += int(store.sizes[key])
-    yield made, store, offsets
-    made.close()
+def loaded(bundles, monkeypatch):
+    lab = Lab(CUDA, bundles, monkeypatch)
+    with lab.loaded(lab.mixed()) as made:
+        yield made
 
 
-def test_an_event_is_computed_in_any_order_and_place(engine, bundle):
-    made, store, offsets = engine
-    for key, offset in offsets.items():
-        made.bind(*key, store.experts[key].precision, offset)
+def test_an_event_is_computed_in_any_order_and_place(loaded):
+    made = loaded.engine
 
     def logits(order) -> Any:
         waiting = made.forward(np.array(PROMPT[:8], np.int32), 0)
@@ -672,52 +533,30 @@ def test_an_event_is_computed_in_any_order_and_place(engine, bundle):
             order(waiting)
             waiting = made.resume()
         made.memory.forget()
-        for key, offset in offsets.items():
-            made.bind(*key, store.experts[key].precision, offset)
+        loaded.bind_all()
         return made.logits()
 
-    def upload(layer: int, experts: Any) -> None:
-        for expert in experts:
-            made.memory.upload(layer, expert, offsets[layer, expert], made.streams.fence())
-
     def all_there(waiting) -> None:
-        upload(waiting.layer, waiting.experts)
-
-    def one_by_one(waiting) -> None:
-        for expert in reversed(waiting.experts):
-            upload(waiting.layer, [expert])
-            made.compute([expert])
-            made.memory.drop(waiting.layer, expert)
+        for expert in waiting.experts:
+            loaded.bring((waiting.layer, expert))
 
     def half_on_host(waiting) -> None:
         made.compute_on_host(waiting.experts[::2])
-        upload(waiting.layer, waiting.experts[1::2])
+        for expert in waiting.experts[1::2]:
+            loaded.bring((waiting.layer, expert))
 
     wanted = logits(all_there)
-    assert np.array_equal(logits(one_by_one), wanted)
     assert np.abs(logits(half_on_host) - wanted).max() < 1e-5 * np.abs(wanted).max()
     assert np.array_equal(logits(all_there), wanted)
 
 
-def test_calls_that_make_no_sense_are_refused(engine):
-    made, store, _ = engine
-    for tokens, position, said in (
-        ([], 0, "0 tokens"),
-        ([1] * 9, 0, "9 tokens at once"),
-        ([VOCABULARY], 0, f"there are {VOCABULARY}"),
-        ([-1], 0, "tokens -1"),
-        ([1], 1, "leaves a gap"),
-    ):
-        with pytest.raises(InputError, match=said):
-            made.forward(np.array(tokens, np.int32), position)
-    for call in (made.resume, made.logits, lambda: made.compute([0]), lambda: made.guess(1)):
-        with pytest.raises(InputError, match=r"begun|waits"):
-            call()
-    known = store.experts[1, 0].precision
-    for arguments in ((9, 0, known, 0), (1, EXPERTS, known, 0), (1, 0, known, 64), (1, 0, Precision.FP32, 0)):
+def test_experts_are_refused_where_they_do_not_lie(loaded):
+    made, fence = loaded.engine, loaded.engine.streams.fence()
+    precision, offset = loaded.place((1, 0))
+    for wrong in ((precision, offset + 64), (Precision.FP32, offset)):
         with pytest.raises(InputError):
-            made.bind(*arguments)
-    fence = made.streams.fence()
+            made.bind(1, 0, *wrong)
+    made.unbind(1, 0)
     for call in (
         lambda: made.memory.upload(1, 0, 0, fence),
         lambda: made.memory.slide(1, 0, 0),
@@ -726,21 +565,12 @@ def test_calls_that_make_no_sense_are_refused(engine):
     ):
         with pytest.raises(InputError, match=r"not (in|on) the"):
             call()
+    for key in loaded.keys:
+        made.unbind(*key)
     waiting = made.forward(np.array([1], np.int32), 0)
-    assert waiting is not None
-    assert len(waiting.experts) == TOP_K
     for call in (made.compute, made.compute_on_host):
         with pytest.raises(InputError, match="not in the event or not where"):
             call(waiting.experts)
-    assert made.guess(waiting.layer) == waiting.experts
-    with pytest.raises(InputError, match="waits for experts"):
-        made.logits()
-    with pytest.raises(InputError, match="no experts to guess"):
-        made.guess(0)
-    made.close()
-    made.close()
-    with pytest.raises(InputError, match="closed"):
-        made.forward(np.array([1], np.int32), 0)
 
 
 def test_reads_land_two_by_two_where_no_ram_tier_is():

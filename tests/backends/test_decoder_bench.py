@@ -128,6 +128,11 @@ def test_the_hit_rate_is_the_simulators(bundle, bench):
             list(session.generate(prompt, NEW))
         simulated = replay(session.trace(), 96 << 10, "enu", sizes=session.store.sizes)
     assert named(bench.checks)["hit rate"].measured == pytest.approx(simulated.hit_rate)
+    repeat = bench.runs[2:]
+    assert sum(run.decode_events for run in repeat) == simulated.occupancy.events == 2 * (NEW - 1) * 3
+    pairs = zip(*(run.expert_residency for run in repeat), strict=True)
+    resident = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in pairs)
+    assert resident == simulated.occupancy.resident
 
 
 def test_memory_holds_the_runtime_and_the_bundle(bench):
@@ -178,6 +183,12 @@ def test_nothing_to_do_is_refused_all_at_once(bundle):
     with pytest.raises(InputError) as caught:
         bench_decoder(bundle, [], max_tokens=1, repeats=0)
     assert "3 faults" in str(caught.value)
+
+
+def test_answers_that_are_given_are_what_is_decoded(bundle):
+    given = [[9, 4, 9, 4], [77, 78, 79, 80]]
+    found = bench_decoder(bundle, [PROMPT, SECOND], max_tokens=4, repeats=1, answers=given)
+    assert [list(run.tokens) for run in found.runs] == given
 
 
 def test_an_error_of_the_process_is_the_callers(bundle):

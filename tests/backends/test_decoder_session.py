@@ -155,9 +155,10 @@ def test_the_simulator_counts_what_the_engine_did(bundle, policy, tmp_path):
         settings = Settings(cache_bytes, policy, static=ORDER, record=True)
         with DecoderSession.from_bundle(bundle, settings) as session:
             list(session.generate(PROMPT, NEW))
-            first = session.stats().cache
+            runs = [session.stats()]
             list(session.generate([4, 5, 6], 10, continued=True))
-            second = session.stats().cache
+            runs.append(session.stats())
+            first, second = (run.cache for run in runs)
             trace, sizes = session.trace(), session.store.sizes
         write_trace(tmp_path / "trace.csv", trace)
         for known in (trace, read_trace(tmp_path / "trace.csv")):
@@ -170,6 +171,8 @@ def test_the_simulator_counts_what_the_engine_did(bundle, policy, tmp_path):
             assert told.prefill_bytes + told.read_bytes == first.read_bytes + second.read_bytes
             assert told.evictions == first.evictions + second.evictions
             assert told.peak_bytes == second.peak_bytes
+            assert told.occupancy.events == sum(run.decode_events for run in runs) > 0
+            assert (np.array(told.occupancy.resident) == sum(np.array(run.expert_residency) for run in runs)).all()
 
 
 def test_counters_bytes_and_times_add_up(bundle):

@@ -85,6 +85,13 @@ def test_every_repeat_is_in_the_record(bundle, bench, record):
     assert {run.device for run in bench.runs} == {f"{HostStreams.name}, with a desk"}
 
 
+def test_no_more_experts_were_on_the_device_than_it_has_room_for(bench):
+    for run in bench.runs:
+        assert run.decode_events >= 3 * (NEW - 1)
+        held = sum(map(sum, run.expert_residency)) / run.decode_events
+        assert 0 < held <= 3 * 2, "three of the largest, or of those half as large"
+
+
 def test_events_are_there_as_predicted_and_as_measured(record):
     decoded = [one for one in record.sample if one.decoding]
     assert decoded
@@ -115,8 +122,8 @@ def test_a_plan_for_the_processor_is_not_judged_by_a_stand_in(bench):
         assert not checks[name].was_measured
         assert "stood in" in checks[name].note
     assert checks["expert cache"].ok
-    assert not checks["device memory"].was_measured
-    assert checks["device memory budget"].limit == checks["device memory"].promised
+    assert not checks["vram"].was_measured
+    assert checks["vram budget"].limit == checks["vram"].promised
 
 
 class Counted(HostStreams):
@@ -161,6 +168,7 @@ def test_the_page_draws_events_and_waiting(bundle, bench):
     assert "Predicted against measured" in html
     assert 'class="dots event"' in html
     assert html.count("wait-work") > 4
+    assert "copies in the processor&#39;s memory are not shown" in html
     assert "promised on the processor" in outcome(report)[1]
     assert "copies to the GPU" in device_record_text(bench.device)
 
@@ -176,7 +184,7 @@ def test_verify_answers_on_the_device(bundle, tmp_path):
     checks = {check.name: check for check in verify_decoder(own, settings=settings(own))}
     assert checks["greedy agreement"].ok
     assert checks["expert cache"].ok
-    assert {"memory", "device memory"}.isdisjoint(checks)
+    assert {"memory", "vram"}.isdisjoint(checks)
 
 
 # --- the command line -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from edgeflex import native as native_package
 from edgeflex.errors import DeviceError, InputError, MissingDependencyError
 from edgeflex.native import build
 from edgeflex.runtimes import native
-from edgeflex.runtimes.native import Engine, Missing
+from edgeflex.runtimes.native import Engine
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import Attention, DecoderGraph, DecoderLayer, Routing
 
@@ -524,83 +524,6 @@ def test_any_order_of_binding_and_computing_gives_the_same_logits(seed, data):
     np.testing.assert_array_equal(got, _logits(graph, weights, chunk=5, tokens=TOKENS[:5])[-1])
 
 
-def test_going_back_and_writing_over_a_passage_forgets_it():
-    graph = GRAPHS["grouped-query"]
-    weights = _Weights(graph, Precision.FP32)
-    with _opened(graph, weights) as engine:
-        store = _Store(engine, graph, weights)
-        store.bind_all()
-        store.run(TOKENS[:9], 0)
-        store.run(TOKENS[9:12], 4)
-        got = store.run(TOKENS[12:14], 7)
-    tokens = (*TOKENS[:4], *TOKENS[9:12], *TOKENS[12:14])
-    expected, _ = _reference(graph, weights.numbers, tokens)
-    np.testing.assert_allclose(got, expected[-1], rtol=0, atol=1e-4)
-
-
-def test_a_pass_that_waits_may_be_given_up():
-    graph = GRAPHS["plain"]
-    weights = _Weights(graph, Precision.FP32)
-    with _opened(graph, weights) as engine:
-        store = _Store(engine, graph, weights)
-        assert engine.forward(np.asarray(TOKENS[:3]), 0) is not None
-        with pytest.raises(InputError, match="no logits"):
-            engine.logits()
-        with pytest.raises(InputError, match="gap"):
-            engine.forward(np.asarray(TOKENS[:3]), 3)
-        got = store.run(TOKENS[:3], 0)
-    np.testing.assert_array_equal(got, _logits(graph, weights, chunk=3, tokens=TOKENS[:3])[-1])
-
-
-# --- events ------------------------------------------------------------------------------------------
-
-
-def test_missing_and_events_say_what_was_routed():
-    graph = GRAPHS["plain"]
-    weights = _Weights(graph, Precision.FP32)
-    _, chosen = _reference(graph, weights.numbers, TOKENS[:4])
-    with _opened(graph, weights) as engine:
-        store = _Store(engine, graph, weights)
-        missing = engine.forward(np.asarray(TOKENS[:4]), 0)
-        union = tuple(sorted({expert for ids in chosen[0] for expert in ids}))
-        assert missing == Missing(0, union, union)
-        (event,) = engine.take_events()
-        assert (event.layer, event.experts.tolist()) == (0, chosen[0])
-        np.testing.assert_allclose(event.weights.sum(axis=1), 1.0, rtol=1e-6)
-        assert (np.diff(event.weights, axis=1) <= 0).all()
-        assert engine.take_events() == []
-        store.bind((0, union[0]))
-        assert engine.resume() == Missing(0, union, union[1:])
-        for expert in union[1:]:
-            store.bind((0, expert))
-        after = engine.resume()
-        assert after is not None
-        assert after.layer == 1
-        assert [event.layer for event in engine.take_events()] == [1]
-        assert set(engine.guess(1)) <= set(range(6))
-
-
-def test_guessing_needs_no_experts_and_names_top_k_of_them():
-    graph = GRAPHS["plain"]
-    weights = _Weights(graph, Precision.FP32)
-    with _opened(graph, weights) as engine:
-        assert engine.forward(np.asarray(TOKENS[:1]), 0) is not None
-        assert len(engine.guess(1)) == 2
-        with pytest.raises(InputError, match="no experts"):
-            engine.guess(7)
-
-
-def test_times_cover_the_pass_and_start_again():
-    graph = GRAPHS["plain"]
-    weights = _Weights(graph, Precision.FP32)
-    with _opened(graph, weights) as engine:
-        store = _Store(engine, graph, weights)
-        store.bind_all()
-        store.run(TOKENS[:4], 0)
-        assert all(seconds > 0 for seconds in engine.times())
-        assert engine.times() == (0.0, 0.0, 0.0)
-
-
 # --- packing -----------------------------------------------------------------------------------------
 
 
@@ -652,13 +575,6 @@ def test_a_bad_argument_is_an_error_and_never_a_crash():
         size, _ = engine.expert_bytes(0, Precision.FP32)
         room = _aligned(1 << 16)
         faults = {
-            "give between 1 and 4": lambda: engine.forward(np.zeros(5, dtype=np.int32), 0),
-            "a chunk of 0": lambda: engine.forward(np.zeros(0, dtype=np.int32), 0),
-            "negative": lambda: engine.forward(np.zeros(1, dtype=np.int32), -1),
-            "gap": lambda: engine.forward(np.zeros(1, dtype=np.int32), 5),
-            "outside the vocabulary": lambda: engine.forward(np.asarray([VOCABULARY], dtype=np.int32), 0),
-            "nothing to resume": engine.resume,
-            "nothing to compute": lambda: engine.compute([0]),
             "no expert 6": lambda: engine.bind(0, 6, Precision.FP32, 0),
             "no expert 0 in layer 9": lambda: engine.unbind(9, 0),
             "does not lie in the arena": lambda: engine.bind(0, 0, Precision.FP32, store.arena.size - size + 64),
@@ -689,27 +605,6 @@ def test_weights_that_are_not_set_are_named():
         Engine(graph, context_tokens=8, chunk_tokens=2, threads=1) as engine,
         pytest.raises(InputError, match=r"not set yet: norm, head, layers.0.input_norm.*more"),
     ):
-        engine.forward(np.zeros(1, dtype=np.int32), 0)
-
-
-def test_the_context_is_a_limit():
-    graph = GRAPHS["plain"]
-    weights = _Weights(graph, Precision.FP32)
-    with _opened(graph, weights, chunk=8, context=9) as engine:
-        store = _Store(engine, graph, weights)
-        store.bind_all()
-        store.run(TOKENS[:8], 0)
-        store.run(TOKENS[8:9], 8)
-        with pytest.raises(InputError, match="do not fit the context of 9"):
-            store.run(TOKENS[9:10], 9)
-
-
-def test_a_closed_engine_says_so():
-    engine = Engine(GRAPHS["plain"], context_tokens=8, chunk_tokens=2, threads=1)
-    assert engine.memory_bytes > 0
-    engine.close()
-    engine.close()
-    with pytest.raises(InputError, match="closed"):
         engine.forward(np.zeros(1, dtype=np.int32), 0)
 
 

@@ -503,10 +503,12 @@ def test_engines_of_a_decoder_are_built_kept_and_indexed(copied, monkeypatch, ve
     _, folder, manifest = copied
     trt = install(monkeypatch, version)
     index = build(open_decoder_bundle(folder), library=trt.cuda)
-    graphs = list(dict.fromkeys(one.path for one in manifest.programs))
-    assert [f"stages/{name}" for name, _, _ in trt.named("Builder.build_serialized_network")] == graphs
-    assert [f"stages/{one.segment}.onnx" for one in index.engines] == graphs
-    assert set(index.key.hashes) == set(graphs)
+    rivals = read_recipe(open_decoder_bundle(folder)).refits
+    graphs = [*dict.fromkeys(one.path for one in manifest.programs), *(one.onnx for one in rivals)]
+    names = [path.rpartition("/")[2] for path in graphs]
+    assert [name for name, _, _ in trt.named("Builder.build_serialized_network")] == names
+    assert [f"{one.segment}.onnx" for one in index.engines] == names
+    assert set(index.key.hashes) == {*graphs, *(one.data for one in rivals)}
     for entry in index.engines:
         raw = (folder / entry.file).read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (entry.size_bytes, entry.sha256)
@@ -530,7 +532,9 @@ def test_building_by_the_flow_reads_what_kind_of_bundle_it_is(copied, monkeypatc
     monkeypatch.setattr(ctypes, "CDLL", load)
     index = flow.build(folder)
     assert (folder / "engines/index.json").is_file()
-    assert len(index.engines) == len({one.onnx for one in read_recipe(open_decoder_bundle(folder)).segments})
+    recipe = read_recipe(open_decoder_bundle(folder))
+    assert len(index.engines) == len(recipe.segments) + len(recipe.refits)
+    assert {one.segment for one in index.experts} == {one.name for one in recipe.segments if "expert-" in one.name}
 
 
 def test_a_bundle_for_another_target_is_not_built(made, tmp_path, monkeypatch):

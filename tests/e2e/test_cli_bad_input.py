@@ -135,7 +135,7 @@ BAD_LINES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("missing calibration", ("plan", "nowhere"), ("nowhere", "does not exist")),
     ("missing table", ("plan", "--table", "none.json"), ("none.json", "does not exist")),
     ("garbage as a table", ("plan", "--table", "in/garbage.json"), ("in/garbage.json is not a valid CostTable",)),
-    ("another document", ("plan", "--table", "in/other.json"), ("scenarios: Field required", "decisions")),
+    ("another document", ("plan", "--table", "in/other.json"), ("scenarios: is missing", "decisions")),
     ("threads in words", ("profile", "--threads", "all"), ("'all'", "1,4")),
     ("empty image folder", (*FIT, "--data", "in/empty"), ("in/empty", "no image found")),
     ("corrupt images", (*FIT, "--data", "in/corrupt"), ("blue/1.png", "empty")),
@@ -170,6 +170,22 @@ BAD_LINES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("no bundle and no images", ("run", "in/none"), ("in/none", "not a folder")),
     ("prompt for images", ("run", "in/bundle", "--prompt", "a"), ("in/bundle", "bundle of exits", "--data")),
     ("text for images", ("calibrate", "--model", "in/empty", "--text", "in/other.json"), ("config.json", "no --text")),
+    ("model that is not there", ("calibrate", "--model", "modle", "--data", "in/images"), ("'modle'", "no folder")),
+    (
+        "rate in words",
+        ("trace", "simulate", "in/other.json", "--cache", "1GiB", "--link", "fast"),
+        ("--link: size 'fast'", "6GiB"),
+    ),
+    (
+        "cache in words",
+        ("trace", "simulate", "in/other.json", "--cache", "1GiB,2 gigs"),
+        ("--cache: size '2 gigs'", "6GiB"),
+    ),
+    (
+        "a rate that only a GPU has",
+        ("trace", "simulate", "in/other.json", "--cache", "1GiB", "--ram-rate", "60GB/s"),
+        ("--device", "--ram-rate"),
+    ),
     ("unknown runtime", ("run", "in/bundle", "--data", "in/images", "--runtime", "executorh"), ("'executorch'",)),
     ("garbage as figures", ("report", "in/bundle", "--bench", "in/garbage.json"), ("not a valid BenchResult",)),
 ]
@@ -217,9 +233,9 @@ def test_nothing_of_a_filled_output_is_lost(edgeflex: Command, here: Path):
 def test_an_infeasible_budget_says_what_binds_what_is_least_and_what_would_do(edgeflex: Command, here: Path):
     document = refused(edgeflex, ("plan", "--table", str(TABLE), "--memory", "80KiB"), 3, "memory")
     assert document["error"] == "InfeasibleError"
-    assert len(document["binding"]) == 1
-    assert "memory" in document["binding"][0]
-    least = int(document["least"][document["binding"][0]])
+    assert document["binding"] == ["memory"]
+    assert "memory is limited to 80 KiB, least " in document["message"]
+    least = int(document["least"]["memory"])
     assert least > 80 * 1024
     assert document["relaxation"]
     assert edgeflex("plan", "--table", TABLE, "--memory", least).code == 0

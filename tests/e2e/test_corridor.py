@@ -253,8 +253,15 @@ def test_a_new_budget_is_solved_in_under_a_second_and_writes_nothing(corridor: C
 def test_an_impossible_budget_is_answered_with_the_least_that_works(corridor: Corridor):
     with pytest.raises(InfeasibleError) as raised:
         flow.plan(corridor.calibration, Budget(memory_bytes={Tier.HOST: 1000}))
-    assert raised.value.binding == ("memory host",)
-    assert raised.value.least["memory host"] > 1000
+    assert raised.value.binding == ("memory",)
+    least = int(raised.value.least["memory"])
+    assert least > 1000
+    assert (
+        flow.plan(corridor.calibration, Budget(memory_bytes={Tier.HOST: least})).predicted.memory_bytes[Tier.HOST]
+        == least
+    )
+    with pytest.raises(InfeasibleError):
+        flow.plan(corridor.calibration, Budget(memory_bytes={Tier.HOST: least - 1}))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

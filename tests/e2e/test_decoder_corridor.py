@@ -217,8 +217,8 @@ def least_of(document: dict[str, Any], name: str) -> int:
 
 
 def test_a_plan_for_a_card_divides_its_memory_and_says_what_else_was_tried(walk: Walk, here: Path, edgeflex: Command):
-    refusal = refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3, "GPU memory", "dense part takes")
-    least = least_of(refusal, "GPU memory")
+    refusal = refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3, "vram", "dense part takes")
+    least = least_of(refusal, "vram")
     everything = answered(*ON_A_CARD, "--vram", "4GiB", "-o", "whole.json")
     assert (everything["verdict"], everything["gpu"]["placement"]) == ("fits", "resident")
     budget = least + everything["gpu"]["vram_cache_bytes"] // 2
@@ -238,7 +238,7 @@ def test_a_plan_for_a_card_divides_its_memory_and_says_what_else_was_tried(walk:
 
 
 def test_a_plan_for_a_card_is_exported_and_a_run_on_a_device_takes_its_placement(here: Path, edgeflex: Command):
-    least = least_of(refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3), "GPU memory")
+    least = least_of(refused(edgeflex, (*ON_A_CARD, "--vram", "1MiB"), 3), "vram")
     plan = answered(*ON_A_CARD, "--vram", least + 20_000, "-o", "card.json")
     line = ("export", "card.json", "-m", "in/model", "--calibration", "in/calibration", "--no-stock", "-q")
     manifest = answered(*line, "-o", "placed")

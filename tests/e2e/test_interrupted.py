@@ -212,8 +212,8 @@ def test_a_plan_with_an_unknown_precision_is_refused(planned: Path, tmp_path: Pa
 def test_a_budget_that_this_model_cannot_meet_is_exit_code_3(here: Path, edgeflex: Command):
     done = edgeflex("plan", "calibration", "--memory", "1KiB", "-o", "no.json", "--json")
     assert done.code == 3
-    assert done.document["binding"] == ["memory host"]
-    assert done.document["least"]["memory host"] > 1024
+    assert done.document["binding"] == ["memory"]
+    assert done.document["least"]["memory"] > 1024
     assert done.document["relaxation"]
     assert not (here / "no.json").exists()
 

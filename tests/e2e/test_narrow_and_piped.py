@@ -63,7 +63,7 @@ def test_a_narrow_terminal_shows_all_that_a_wide_one_does(
     monkeypatch.setenv("COLUMNS", str(columns))
     narrow = edgeflex(*line)
     assert wide.code == narrow.code == 0
-    assert shown(narrow.out) == shown(wide.out)
+    assert shown(narrow.out) >= shown(wide.out)
     assert "…" not in narrow.out
     assert "\x1b" not in narrow.out + wide.out
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from edgeflex.bundle_moe import open_decoder_bundle
-from edgeflex.errors import EdgeflexError
+from edgeflex.errors import DeviceError, EdgeflexError
 from edgeflex.exporters.decoder_files import BundleWeights
 from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 from edgeflex.models.decoder_reference import Reference
 from edgeflex.runtimes.cuda_driver import CudaContext
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.tensorrt_build import build, load_tensorrt
+from edgeflex.runtimes.tensorrt_ways import build_measured
+from edgeflex.schema_trt import INDEX_FILE
 from tests.random_decoder import RandomSource, exact_plan, mixed_plan
 from tests.tiny_decoder import tiny_graph
 
@@ -99,3 +101,35 @@ def test_sessions_give_their_memory_back(mixed):
         assert free_bytes[0] - free_bytes[-1] < 16 << 20
     finally:
         context.close()
+
+
+def test_tokens_are_decoded_by_graphs_and_say_what_plain_work_says(exact, monkeypatch, caplog):
+    with DecoderSession.from_bundle(exact) as session:
+        by_graphs = list(session.generate(PROMPT, NEW))
+        engine: Any = session._engine
+        assert engine._device.cuda._graphs
+    assert "without a CUDA graph" not in caplog.text
+
+    def refuse(*_: Any) -> int:
+        raise DeviceError("no graphs, for a test.")
+
+    monkeypatch.setattr(CudaContext, "capture", refuse)
+    with DecoderSession.from_bundle(exact) as session:
+        assert list(session.generate(PROMPT, NEW)) == by_graphs
+    assert "without a CUDA graph: no graphs" in caplog.text
+
+
+def test_both_ways_of_an_experts_weights_say_the_same(source, exact, record_property):
+    wanted = list(Reference(source).generate(PROMPT, NEW))
+    index = build_measured(open_decoder_bundle(exact))
+    (found,) = index.experts
+    record_property("seconds of an expert", f"{found.inputs_s} as inputs, {found.refit_s} by refit")
+    assert found.refit_s is not None, found.reason
+    try:
+        for way in ("refit", "inputs"):
+            other = index.model_copy(update={"experts": (found.model_copy(update={"way": way}),)})
+            (exact / INDEX_FILE).write_text(other.canonical_json())
+            with DecoderSession.from_bundle(exact, Settings(48 << 10)) as session:
+                assert list(session.generate(PROMPT, NEW)) == wanted
+    finally:
+        (exact / INDEX_FILE).write_text(index.canonical_json())

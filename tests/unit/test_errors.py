@@ -37,10 +37,10 @@ def test_one_fault_is_one_line_and_several_are_listed():
 
 
 def test_an_infeasible_answer_carries_its_fields_as_plain_values():
-    error = InfeasibleError("no", binding=["memory host"], least={"memory host": 5}, relaxation="--memory 5")
+    error = InfeasibleError("no", binding=["memory"], least={"memory": 5}, relaxation="--memory 5")
     assert json.loads(json.dumps(error.details())) == {
-        "binding": ["memory host"],
-        "least": {"memory host": 5},
+        "binding": ["memory"],
+        "least": {"memory": 5},
         "relaxation": "--memory 5",
     }
     assert InfeasibleError("no").details() == {"binding": [], "least": {}, "relaxation": ""}

@@ -12,7 +12,7 @@ import pytest
 
 from edgeflex import files
 from edgeflex.errors import DeviceError, InputError
-from edgeflex.files import read_bytes, refuse_output, sha256_file, staged_folder, write_atomic
+from edgeflex.files import read_bytes, read_text, refuse_output, sha256_file, staged_folder, write_atomic
 
 
 def below(folder: Path) -> dict[str, str]:
@@ -106,6 +106,17 @@ def test_reading_says_what_was_looked_for(tmp_path: Path):
         read_bytes(tmp_path / "none.json", "plan")
     with pytest.raises(InputError, match="Is a directory"):
         read_bytes(tmp_path, "plan")
+
+
+def test_text_is_read_and_bytes_that_are_none_are_named(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("naïve".encode())
+    assert read_text(path, "prompt") == "naïve"
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(InputError, match=r"text\.txt: byte 2 is not UTF-8 text.*iconv"):
+        read_text(path, "prompt")
+    with pytest.raises(InputError, match=r"prompt .* does not exist"):
+        read_text(tmp_path / "absent.txt", "prompt")
 
 
 def test_a_files_digest_is_its_sha256(tmp_path: Path):

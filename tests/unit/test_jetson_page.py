@@ -30,6 +30,7 @@ OTHERS = {"scp", "sudo", "python3", ".", "pip", "cd", "sh"}
 ON_BOARD = (
     *("edgeflex.cli", "edgeflex.flow", "edgeflex.profiles.doctor", "edgeflex.images", "edgeflex.bundle"),
     *("edgeflex.runtimes.tensorrt", "edgeflex.runtimes.tensorrt_build", "edgeflex.runtimes.cuda_driver"),
+    "edgeflex.runtimes.tensorrt_ways",
     *("edgeflex.runtimes.tensorrt_decoder", "edgeflex.runtimes.decoder", "edgeflex.runtimes.decoder_bench"),
     *("edgeflex.runtimes.bench", "edgeflex.runtimes.verify", "edgeflex.runtimes.recorder", "edgeflex.reports.html"),
 )

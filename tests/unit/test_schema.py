@@ -89,7 +89,7 @@ def test_a_document_survives_its_canonical_json(kind: type[Document], data: st.D
 @given(data=st.data())
 def test_an_unknown_field_is_refused_by_its_name(kind: type[Document], data: st.DataObject):
     document = json.loads(kind.model_validate(data.draw(fields(kind))).canonical_json())
-    with pytest.raises(InputError, match=rf"the file is not a valid {kind.__name__}: surprise: Extra inputs"):
+    with pytest.raises(InputError, match=rf"the file is not a valid {kind.__name__}: surprise: is no field of it"):
         kind.parse(json.dumps({**document, "surprise": 1}), "the file")
 
 
@@ -177,3 +177,12 @@ def test_shapes_count_what_a_hand_counts():
 )
 def test_a_precision_knows_its_bits(precision: str, bits: int, group: int | None):
     assert (Precision(precision).bits, Precision(precision).group_size) == (bits, group)
+
+
+def test_a_file_of_another_kind_is_told_in_a_few_lines():
+    with pytest.raises(InputError) as refused:
+        schema.Plan.parse(json.dumps({f"field{index}": index for index in range(30)}), "bench.json")
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith("bench.json is not a valid Plan")
+    assert len(lines) < 10
+    assert "more: it seems to be a file of another kind" in lines[-1]

@@ -75,7 +75,7 @@ def test_a_narrow_terminal_loses_nothing(name: str, width):
     width(400)
     wide = TEXTS[name]()
     width(40)
-    assert shown(TEXTS[name]()) == shown(wide)
+    assert shown(TEXTS[name]()) >= shown(wide)
 
 
 @pytest.mark.parametrize(("backend", "said"), [("executorch", False), ("onnx", True), ("tensorrt", True)])
@@ -149,7 +149,7 @@ def test_a_plan_for_a_gpu_shows_both_memories_what_was_tried_and_what_is_assumed
     width(120)
     text = terminal_moe.decoder_plan_text(sample_gpu_plan())
     assert text.startswith("OFFLOAD: the GPU's memory holds a part of the experts")
-    assert cells(text, "GPU memory") == ["GPU memory", "4.00 GiB", "3.45 GiB", "13.9 % left"]
+    assert cells(text, "vram") == ["vram", "4.00 GiB", "3.45 GiB", "13.9 % left"]
     assert cells(text, "driver and libraries")[1] == "576.00 MiB"
     assert cells(text, "time per token ")[-1] == "–"
     assert "4.20 ms (3.10 ms to 6.80 ms)" in text

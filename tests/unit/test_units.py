@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeflex.errors import InputError
-from edgeflex.units import format_bytes, format_share, format_time, parse_share, parse_size_bytes, parse_time_s
+from edgeflex.units import (
+    format_bytes,
+    format_exact_bytes,
+    format_nats,
+    format_share,
+    format_time,
+    option_value,
+    parse_rate_bytes_per_s,
+    parse_share,
+    parse_size_bytes,
+    parse_time_s,
+)
 
 SIZES = {
     "4096": 4096,
@@ -60,6 +71,19 @@ def test_what_is_no_quantity_is_refused_in_one_line_with_an_example(parse, text:
     assert "\n" not in message
 
 
+def test_a_rate_may_say_that_it_is_per_second():
+    assert parse_rate_bytes_per_s("25GB/s") == parse_rate_bytes_per_s(" 25GB ") == 25_000_000_000
+    with pytest.raises(InputError, match="25GB/min"):
+        parse_rate_bytes_per_s("25GB/min")
+
+
+def test_a_fault_names_the_option_that_it_follows():
+    assert option_value("--cache", None, parse_size_bytes) is None
+    assert option_value("--cache", "1KiB", parse_size_bytes) == 1024
+    with pytest.raises(InputError, match=r"^--cache: size 'much'"):
+        option_value("--cache", "much", parse_size_bytes)
+
+
 @given(st.integers(1, 2**63 - 1))
 def test_whole_bytes_survive_parsing(size_bytes: int):
     assert parse_size_bytes(str(size_bytes)) == size_bytes
@@ -89,6 +113,39 @@ def test_any_text_is_a_quantity_or_an_input_error(text: str):
         except InputError:
             continue
         assert 0 <= value < 2**63
+
+
+@given(st.integers(0, 2**62) | st.integers(0, 2**32).map(lambda count: count * 1024))
+def test_an_exact_size_loses_no_byte(size_bytes: int):
+    short, _, rest = format_exact_bytes(size_bytes).partition(" (")
+    if rest:
+        assert int(rest.removesuffix(" bytes)")) == size_bytes
+        assert short == format_bytes(size_bytes)
+    elif size_bytes:
+        assert parse_size_bytes(short) == size_bytes
+
+
+def test_an_exact_size_is_short_where_it_can_be():
+    assert format_exact_bytes(2 * 1024**3) == "2 GiB"
+    assert format_exact_bytes(1536) == "1.5 KiB"
+    assert format_exact_bytes(113616) == "110.95 KiB (113616 bytes)"
+
+
+@given(st.floats(1e-7, 1e6))
+def test_a_time_that_is_shown_upwards_can_be_given_as_a_limit(seconds: float):
+    shown = parse_time_s(format_time(seconds, up=True))
+    assert seconds * (1 - 1e-6) <= shown <= seconds * 1.01 + 1e-7
+    assert shown >= seconds or format_time(seconds, up=True) == format_time(seconds)
+
+
+@given(st.floats(0.0, 1.0))
+def test_a_share_that_is_shown_upwards_can_be_given_as_a_limit(share: float):
+    assert share - 1e-9 <= parse_share(format_share(share, 4, up=True)) <= share + 1.1e-6
+
+
+@given(st.floats(1e-6, 50.0))
+def test_a_divergence_that_is_shown_upwards_can_be_given_as_a_limit(nats: float):
+    assert nats * (1 - 1e-9) <= float(format_nats(nats, up=True)) <= nats * 1.0011
 
 
 def test_shares_are_shown_as_per_cent():

@@ -668,6 +668,25 @@ def test_int4_takes_half_a_byte_a_weight():
     assert stored_bytes(tensor) == K * N // 2 == len(tensor.raw_data)
 
 
+def test_external_data_may_lie_below_the_graph_and_never_above(tmp_path):
+    path = saved(int8_linear(), tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "segment0.data").rename(tmp_path / "below" / "segment0.data")
+    model = onnx.load(str(path), load_external_data=False)
+    for location, faults in (
+        ("below/segment0.data", 0),
+        ("below/../segment0.data", 1),
+        ("./below/segment0.data", 1),
+        (str(tmp_path / "below" / "segment0.data"), 1),
+        ("below//segment0.data", 1),
+    ):
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = location if entry.key == "location" else entry.value
+        path.write_bytes(model.SerializeToString())
+        assert len({one.rule for one in lint(path, (11, 4))}) == faults, location
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "elsewhere"])
 def test_harmed_external_data_is_a_violation(tmp_path, harm):
     path = saved(int8_linear(), tmp_path)

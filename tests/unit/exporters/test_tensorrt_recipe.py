@@ -511,6 +511,7 @@ MIX = {
 }
 
 
+@pytest.mark.slow
 def test_an_export_of_every_precision_in_one_network_suits_every_version(tmp_path):
     model = residual_model()
     written = TENSORRT.write(TENSORRT.prepare(model, MIX, ranges_of(model)), model.graph, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,50 +21,33 @@ from edgeflex.profiles.cuda import CudaFacts
 from edgeflex.runtimes import synthetic
 from edgeflex.runtimes.strategies import Strategy
 from edgeflex.runtimes.virtual import first_judged_step, popular, run_virtual
-from edgeflex.schema import ComputeRate, DeviceProfile, Figure, Link, Precision, StorageRead, Tier, TierSpec
-from edgeflex.schema_moe import (
-    Attention,
-    DecoderBudget,
-    DecoderCalibration,
-    DecoderGraph,
-    DecoderLayer,
-    DecoderRates,
-    MatrixRate,
-    Routing,
-    UnitLoss,
-)
+from edgeflex.schema import ComputeRate, DeviceProfile, Link, StorageRead, Tier, TierSpec
+from edgeflex.schema_moe import DecoderBudget
+from tests import plan_samples
+from tests.plan_samples import INT4, INT8, calibration_of, expert_shapes, figure, packed_bytes
 
-INT8, INT4 = Precision.INT8_DYNAMIC, Precision.INT4_GROUP32
-HIDDEN, INNER = 1024, 512
-PAIR = ((2 * INNER, HIDDEN), (HIDDEN, INNER))
 CACHE, LISTED, CPU, LRU = SERVINGS
 
 
-def packed_bytes(precision, rows, columns):
-    return rows * columns * precision.bits // 8 + 4 * rows
-
-
 def graph_of(layers=3, experts=12, top_k=2):
-    routing = Routing(experts=experts, top_k=top_k, normalised=True)
-    return DecoderGraph(
-        name="tiny",
-        family="olmoe",
-        weights_digest="0" * 64,
-        hidden_dim=HIDDEN,
-        vocabulary=512,
-        layers=tuple(DecoderLayer(index=one, routing=routing, expert_dim=INNER) for one in range(layers)),
-        attention=Attention(
-            heads=8,
-            kv_heads=8,
-            head_dim=128,
-            value_dim=128,
-            rotary_dim=128,
-            inverse_frequencies=(1.0,) * 64,
-            softmax_scale=1.0,
-        ),
-        norm_epsilon=1e-5,
-        tied_embedding=True,
-        context_tokens=2048,
+    return plan_samples.graph_of(layers, experts, top_k, hidden=1024, inner=512, heads=8, vocabulary=512)
+
+
+PAIR = expert_shapes(graph_of())
+
+
+def rates_of(device="a processor", threads=(1, 4)):
+    def seconds(precision, rows, columns, rows_in, count):
+        return packed_bytes(precision, rows, columns) * (1 + rows_in / 16) / (2e10 * count**0.5)
+
+    return plan_samples.rates_of(
+        graph_of(),
+        seconds,
+        rows_in=(1, 16, 64),
+        threads=threads,
+        device=device,
+        read_bytes_per_s=2e9,
+        memory_bytes_per_s=6e10,
     )
 
 
@@ -94,37 +76,6 @@ def routing_of(graph, kind="markov", tokens=96, prompt=16, seed=0, **more):
     trace = synthetic.synthetic_trace(kind, asked, seed=seed)
     names = ("turn", "phase", "step", "layer", "iter", "slot", "expert", "weight")
     return Columns(**{name: getattr(trace, name) for name in names})
-
-
-def rates_of(device="a processor", threads=(1, 4)):
-    shapes = {*PAIR, (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (512, HIDDEN)}
-    matrices = tuple(
-        MatrixRate(
-            rows=rows,
-            columns=columns,
-            precision=precision,
-            rows_in=n,
-            threads=count,
-            seconds=packed_bytes(precision, rows, columns) * (1 + n / 16) / (2e10 * count**0.5),
-        )
-        for (rows, columns), precision, n, count in itertools.product(
-            sorted(shapes), (INT8, INT4), (1, 16, 64), threads
-        )
-    )
-    return DecoderRates(
-        device=device,
-        matrices=matrices,
-        read_bytes_per_s=2e9,
-        read_latency_s=1e-4,
-        memory_bytes_per_s=6e10,
-        other_token_s=1e-5,
-        other_prefill_token_s=1e-6,
-        runtime_bytes=10_000,
-    )
-
-
-def figure(value, origin="measured"):
-    return Figure(value=value, origin=origin, source="a test")
 
 
 def box(**changes):
@@ -165,20 +116,9 @@ def sizes_of(graph, precision=INT4):
     return np.full((len(graph.layers), graph.layers[0].routing.experts), slot_bytes(precision, PAIR), dtype=np.int64)
 
 
-def calibration_of(graph):
-    units = ["embedding", "head", *(f"layers.{one.index}" for one in graph.layers)]
-    units += [f"layers.{one.index}.experts.{e}" for one in graph.layers for e in range(one.routing.experts)]
-    losses = tuple(
-        UnitLoss(unit=unit, precision=precision, kl=kl, tokens=100)
-        for unit in units
-        for precision, kl in ((INT4, 0.01), (INT8, 0.0002))
-    )
-    return DecoderCalibration(graph=graph, text_digest="t", tokens=100, reference_loss=3.0, losses=losses)
-
-
 def plan_of(device, **limits):
     return plan_on_gpu(
-        calibration_of(device.graph),
+        calibration_of(device.graph, kl=0.01),
         device.rates,
         DecoderBudget(**{"prompt_tokens": 16, "context_tokens": 64, **limits}),
         device.described(),
@@ -222,6 +162,7 @@ def test_the_plan_is_the_quickest_of_its_grid_run_through_the_virtual_device_by_
     }
 
 
+@pytest.mark.slow
 def test_the_crossing_is_found_from_the_trace_and_the_plan_follows_it():
     graph = graph_of(layers=4, experts=24, top_k=2)
     device = device_of(graph, routing_of(graph, "zipf", tokens=200, exponent=1.5), most_uses=4000)
@@ -241,6 +182,7 @@ def test_the_crossing_is_found_from_the_trace_and_the_plan_follows_it():
         assert seconds["static"] <= 1.005 * seconds["cache"]
 
 
+@pytest.mark.slow
 def test_more_memory_of_the_gpu_never_makes_the_prediction_slower():
     device = device_of(most_uses=3000)
     beside, total = beside_bytes(device), int(sizes_of(device.graph).sum())
@@ -251,6 +193,7 @@ def test_more_memory_of_the_gpu_never_makes_the_prediction_slower():
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_memories_that_hold_all_but_a_part_read_it_from_flash():
     device = device_of(most_uses=3000)
     beside, total = beside_bytes(device), int(sizes_of(device.graph).sum())

@@ -231,6 +231,7 @@ def test_conv_heads_train_and_survive_saving(
     assert same(open_model(tmp_path / "m"), model)
 
 
+@pytest.mark.slow
 def test_tuning_the_trunk_lifts_an_untrained_network_and_resumes_exactly(
     digits: tuple[ImageFolder, ImageFolder], tmp_path: Path
 ) -> None:

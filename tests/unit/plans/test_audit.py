@@ -107,8 +107,8 @@ def test_shortfalls_name_each_broken_limit():
         max_drop=0.15,
     )
     broken = shortfalls(footprint(known(), 1, CHOICES), budget)
-    assert list(broken) == ["memory host", "latency mean", "disk", "max drop"]
-    assert broken["memory host"] == (1649.0, 1650.0)
+    assert list(broken) == ["memory", "latency mean", "disk", "max drop"]
+    assert broken["memory"] == (1649.0, 1650.0)
 
 
 def solved() -> Solution:

@@ -15,21 +15,9 @@ from edgeflex.errors import CheckFailedError, EdgeflexError, InfeasibleError, In
 from edgeflex.plans.decoder import DeclinedError, plan_decoder
 from edgeflex.plans.decoder_audit import Ground, check_decoder_plan
 from edgeflex.plans.decoder_search import ladder_floor
-from edgeflex.schema import Precision
-from edgeflex.schema_moe import (
-    Attention,
-    DecoderBudget,
-    DecoderCalibration,
-    DecoderGraph,
-    DecoderLayer,
-    DecoderRates,
-    MatrixRate,
-    MissPoint,
-    Routing,
-    UnitLoss,
-)
-
-FP32, INT8, INT4 = Precision.FP32, Precision.INT8_DYNAMIC, Precision.INT4_GROUP32
+from edgeflex.schema_moe import DecoderBudget, MissPoint
+from tests import plan_samples
+from tests.plan_samples import FP32, INT4, INT8, calibration_of, graph_of
 
 
 def packed_bytes(precision, rows, columns):
@@ -38,81 +26,19 @@ def packed_bytes(precision, rows, columns):
     return rows * columns * precision.bits // 8 + rows * (4 if precision is not FP32 else 0)
 
 
-def graph_of(layers=2, experts=4, top_k=2, hidden=64, inner=64, *, tied=True, vocabulary=256):
-    routing = Routing(experts=experts, top_k=top_k, normalised=True)
-    return DecoderGraph(
-        name="tiny",
-        family="olmoe",
-        weights_digest="0" * 64,
-        hidden_dim=hidden,
-        vocabulary=vocabulary,
-        layers=tuple(DecoderLayer(index=one, routing=routing, expert_dim=inner) for one in range(layers)),
-        attention=Attention(
-            heads=2,
-            kv_heads=2,
-            head_dim=hidden // 2,
-            value_dim=hidden // 2,
-            rotary_dim=hidden // 2,
-            inverse_frequencies=(1.0,) * (hidden // 4),
-            softmax_scale=1.0,
-        ),
-        norm_epsilon=1e-5,
-        tied_embedding=tied,
-        context_tokens=2048,
-    )
+def rates_of(graph, *, read=20e6, threads=(1,), latency=0.0):
+    def seconds(precision, rows, columns, rows_in, count):
+        return packed_bytes(precision, rows, columns) * (1 + rows_in / 8) / (2e9 * count**0.5)
 
-
-def shapes_of(graph):
-    hidden, inner = graph.hidden_dim, graph.layers[0].expert_dim
-    return {(3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner), (graph.vocabulary, hidden)}
-
-
-def units_of(graph):
-    layers = range(len(graph.layers))
-    experts = range(graph.layers[0].routing.experts)
-    return [
-        "embedding",
-        "head",
-        *(f"layers.{one}" for one in layers),
-        *(f"layers.{one}.experts.{expert}" for one in layers for expert in experts),
-    ]
-
-
-def rates_of(graph, *, read=20e6, threads=(1,), rate=2e9, latency=0.0, precisions=(FP32, INT8, INT4)):
-    matrices = tuple(
-        MatrixRate(
-            rows=rows,
-            columns=columns,
-            precision=precision,
-            rows_in=rows_in,
-            threads=n,
-            seconds=packed_bytes(precision, rows, columns) * (1 + rows_in / 8) / (rate * n**0.5),
-        )
-        for rows, columns in sorted(shapes_of(graph))
-        for precision in precisions
-        for rows_in in (1, 16)
-        for n in threads
-    )
-    return DecoderRates(
-        device="test",
-        matrices=matrices,
+    return plan_samples.rates_of(
+        graph,
+        seconds,
+        precisions=(FP32, INT8, INT4),
+        threads=threads,
         read_bytes_per_s=read,
         read_latency_s=latency,
-        memory_bytes_per_s=rate,
-        other_token_s=1e-5,
-        other_prefill_token_s=1e-6,
-        runtime_bytes=10_000,
+        memory_bytes_per_s=2e9,
     )
-
-
-def calibration_of(graph, seed=0, *, int8=0.02):
-    draw = np.random.default_rng(seed)
-    losses = []
-    for unit in units_of(graph):
-        kl = float(draw.gamma(0.5, 0.01))
-        losses.append(UnitLoss(unit=unit, precision=INT4, kl=kl, tokens=100))
-        losses.append(UnitLoss(unit=unit, precision=INT8, kl=kl * int8, tokens=100))
-    return DecoderCalibration(graph=graph, text_digest="t", tokens=100, reference_loss=3.0, losses=tuple(losses))
 
 
 @dataclass
@@ -237,6 +163,7 @@ def small_graph():
 
 @pytest.mark.parametrize("enumerate_up_to", [0, 20_000])
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.slow
 def test_plans_are_those_of_full_enumeration(seed, enumerate_up_to):
     graph, draw = small_graph(), np.random.default_rng(seed)
     read = float(draw.choice([5e6, 40e6]))
@@ -454,6 +381,7 @@ def test_more_threads_are_used_when_measured_faster():
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 50), short=st.floats(0.0, 0.6), more=st.integers(1, 100_000))
+@pytest.mark.slow
 def test_more_memory_is_never_predicted_slower(seed, short, more):
     graph = graph_of(layers=2, experts=6, top_k=2)
     memory = short_of(graph, short)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,85 +31,20 @@ from edgeflex.plans.decoder_gpu_memory import (
 from edgeflex.plans.decoder_gpu_search import RESIDENT, SERVINGS, GpuSearch, arenas, crossing
 from edgeflex.plans.decoder_mixes import pool
 from edgeflex.plans.decoder_verdict import DeclinedError
-from edgeflex.schema import ComputeRate, DeviceProfile, Figure, Interval, Link, Precision, Tier, TierSpec
-from edgeflex.schema_moe import (
-    Attention,
-    DecoderBudget,
-    DecoderCalibration,
-    DecoderGraph,
-    DecoderLayer,
-    DecoderPlan,
-    DecoderRates,
-    MatrixRate,
-    Routing,
-    UnitLoss,
-)
+from edgeflex.schema import ComputeRate, DeviceProfile, Interval, Link, Tier, TierSpec
+from edgeflex.schema_moe import DecoderBudget, DecoderPlan
+from tests import plan_samples
+from tests.plan_samples import INT4, INT8, figure, graph_of, packed_bytes
 
-INT8, INT4 = Precision.INT8_DYNAMIC, Precision.INT4_GROUP32
 MIB = 1 << 20
 
 
-def packed_bytes(precision, rows, columns):
-    return rows * columns * precision.bits // 8 + 4 * rows
-
-
-def graph_of(layers=2, experts=4, top_k=2, hidden=64, inner=64):
-    routing = Routing(experts=experts, top_k=top_k, normalised=True)
-    return DecoderGraph(
-        name="tiny",
-        family="olmoe",
-        weights_digest="0" * 64,
-        hidden_dim=hidden,
-        vocabulary=256,
-        layers=tuple(DecoderLayer(index=one, routing=routing, expert_dim=inner) for one in range(layers)),
-        attention=Attention(
-            heads=2,
-            kv_heads=2,
-            head_dim=hidden // 2,
-            value_dim=hidden // 2,
-            rotary_dim=hidden // 2,
-            inverse_frequencies=(1.0,) * (hidden // 4),
-            softmax_scale=1.0,
-        ),
-        norm_epsilon=1e-5,
-        tied_embedding=True,
-        context_tokens=2048,
-    )
-
-
 def calibration_of(graph, seed=0):
-    draw = np.random.default_rng(seed)
-    units = ["embedding", "head", *(f"layers.{one.index}" for one in graph.layers)]
-    units += [f"layers.{one.index}.experts.{e}" for one in graph.layers for e in range(one.routing.experts)]
-    losses = []
-    for unit in units:
-        kl = float(draw.gamma(0.5, 0.01)) + 1e-5
-        losses.append(UnitLoss(unit=unit, precision=INT4, kl=kl, tokens=100))
-        losses.append(UnitLoss(unit=unit, precision=INT8, kl=kl * 0.02, tokens=100))
-    return DecoderCalibration(graph=graph, text_digest="t", tokens=100, reference_loss=3.0, losses=tuple(losses))
+    return plan_samples.calibration_of(graph, seed, least=1e-5)
 
 
 def rates_of(graph):
-    hidden, inner = graph.hidden_dim, graph.layers[0].expert_dim
-    shapes = ((3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner), (256, hidden))
-    matrices = tuple(
-        MatrixRate(rows=r, columns=c, precision=p, rows_in=n, threads=1, seconds=1e-5 * n)
-        for (r, c), p, n in itertools.product(shapes, (INT8, INT4), (1, 16))
-    )
-    return DecoderRates(
-        device="test",
-        matrices=matrices,
-        read_bytes_per_s=1e9,
-        read_latency_s=1e-4,
-        memory_bytes_per_s=1e10,
-        other_token_s=1e-5,
-        other_prefill_token_s=1e-6,
-        runtime_bytes=10_000,
-    )
-
-
-def figure(value, origin="measured"):
-    return Figure(value=value, origin=origin, source="a test")
+    return plan_samples.rates_of(graph, lambda precision, rows, columns, rows_in, count: 1e-5 * rows_in)
 
 
 def profile_of(origin="measured", *, unified=False):
@@ -189,7 +125,7 @@ def budget_of(**changes):
 
 
 def machine_of(device, *, unified=False, origin="measured", graph=None):
-    known = graph or graph_of()
+    known: Any = graph or graph_of()
     order = [(layer, expert) for expert in range(known.layers[0].routing.experts) for layer in range(len(known.layers))]
     return Machine(
         profile=profile_of(origin, unified=unified),
@@ -492,10 +428,10 @@ def test_a_data_sheets_figure_makes_the_whole_a_data_sheets():
 
 def test_less_than_the_dense_part_is_refused_with_the_least_that_is_enough():
     graph = graph_of()
-    with pytest.raises(InfeasibleError, match="GPU memory") as caught:
+    with pytest.raises(InfeasibleError, match="vram") as caught:
         plan_of(graph, budget_of(vram_bytes=1 * MIB))
-    least = int(caught.value.least["GPU memory"])
-    assert caught.value.binding == ("GPU memory",)
+    least = int(caught.value.least["vram"])
+    assert caught.value.binding == ("vram",)
     assert "dense part takes" in str(caught.value)
     assert plan_of(graph, budget_of(vram_bytes=least)).gpu.memory.total_bytes == least
     with pytest.raises(InfeasibleError):

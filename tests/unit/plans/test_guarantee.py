@@ -75,6 +75,7 @@ def test_a_risk_that_falls_again_stops_at_the_first_gap():
     assert certify([good], 0.1, 0.95) == 0
 
 
+@pytest.mark.slow
 def test_random_splits_break_the_promise_in_at_most_the_promised_share():
     rng = np.random.default_rng(11)
     means = np.array([-0.01, 0.0, 0.005, 0.009, 0.011, 0.014, 0.02, 0.03])
@@ -121,6 +122,7 @@ def test_the_upper_bound_is_where_certification_begins():
     assert certify(row[None, :], bound - 1e-4, 0.95) is None
 
 
+@pytest.mark.slow
 def test_the_upper_bound_covers_the_mean_as_often_as_promised_and_shrinks_with_samples():
     rng = np.random.default_rng(9)
     rows = differences(rng, (150, 400), 0.01, 0.1)

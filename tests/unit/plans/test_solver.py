@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeflex.errors import EdgeflexError, InfeasibleError, InputError
 from edgeflex.plans import check, footprint, frontier, solve
+from edgeflex.plans.program import Limit, Quantity
+from edgeflex.plans.verdict import explain_points
 from edgeflex.schema import Boundary, Budget, CostTable, Format, LatencyLimit, Rule, Tier
+from edgeflex.units import parse_time_s
 from tests.builders import decision, option, random_budget, random_table, scenario, synthetic_table, table
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "table.json"
@@ -105,14 +112,14 @@ def test_a_dear_boundary_keeps_formats_together():
 @pytest.mark.parametrize(
     ("budget", "binding", "least"),
     [
-        (memory(150), ("memory host",), {"memory host": 200.0}),
+        (memory(150), ("memory",), {"memory": 200.0}),
         (Budget(latency=(LatencyLimit(limit_s=0.001),)), ("latency mean",), {"latency mean": 0.002}),
         (Budget(max_drop=0.001), ("max drop",), {"max drop": 0.02}),
         (Budget(disk_bytes=15), ("disk",), {"disk": 20.0}),
         (
             Budget(memory_bytes={Tier.HOST: 500}, latency=(LatencyLimit(limit_s=0.0025),), max_drop=0.5),
-            ("memory host", "latency mean"),
-            {"memory host": 800.0, "latency mean": 0.003, "max drop": 0.02},
+            ("memory", "latency mean"),
+            {"memory": 800.0, "latency mean": 0.003, "max drop": 0.02},
         ),
     ],
 )
@@ -130,18 +137,66 @@ def test_an_impossible_budget_is_named_with_the_least_that_works(
 
 def test_the_cheapest_relaxation_is_the_least_relative_one_and_works():
     budget = Budget(memory_bytes={Tier.HOST: 500}, latency=(LatencyLimit(limit_s=0.0025),))
-    with pytest.raises(InfeasibleError, match=r"Raise latency mean from 2.50 ms to 3.00 ms \(\+20.0 %\)"):
+    with pytest.raises(InfeasibleError, match=r"Raise latency mean from 2.50 ms to 3.00 ms, \+20.0 %"):
         solve(small(), budget)
     solve(small(), budget.model_copy(update={"latency": (LatencyLimit(limit_s=0.003),)}))
 
 
+@pytest.mark.parametrize("fast", [0.0020004, 0.00200041, 0.0006543217])
+def test_the_least_that_is_told_works_when_it_is_typed(fast: float):
+    slow = table(decision("a", option("f", latency_s=fast)))
+    with pytest.raises(InfeasibleError) as raised:
+        solve(slow, Budget(latency=(LatencyLimit(limit_s=fast / 2),)))
+    told = re.search(r"least ([\d.]+ \w+)\.", str(raised.value))
+    assert told is not None
+    solve(slow, Budget(latency=(LatencyLimit(limit_s=parse_time_s(told[1])),)))
+
+
 def test_two_budgets_that_each_fail_alone_are_raised_together():
     budget = Budget(memory_bytes={Tier.HOST: 150}, latency=(LatencyLimit(limit_s=0.0015),))
-    with pytest.raises(
-        InfeasibleError, match=r"No single budget helps; raise memory host .* and latency mean"
-    ) as raised:
+    with pytest.raises(InfeasibleError, match=r"No single budget helps; raise memory .* and latency mean") as raised:
         solve(small(), budget)
-    assert raised.value.least == {"memory host": 200.0, "latency mean": pytest.approx(0.002)}
+    assert raised.value.least == {"memory": 200.0, "latency mean": pytest.approx(0.002)}
+
+
+def test_budgets_that_nothing_keeps_are_all_named_and_raised_to_what_works():
+    budget = Budget(memory_bytes={Tier.HOST: 150}, latency=(LatencyLimit(limit_s=0.001),), max_drop=0.5)
+    with pytest.raises(InfeasibleError) as raised:
+        solve(small(), budget)
+    assert raised.value.binding == ("memory", "latency mean"), "each is impossible by itself"
+    assert "no plan meets memory and latency mean: " in str(raised.value)
+
+
+LIMITS = (Limit(Quantity("memory", (Tier.HOST,)), 150.0), Limit(Quantity("latency"), 0.002))
+
+
+def test_of_known_plans_the_cheapest_single_budget_is_raised():
+    error = explain_points(LIMITS, [(200.0, 0.003), (300.0, 0.001)])
+    assert error.binding == ("memory",)
+    assert error.least == {"memory": 300.0, "latency mean": 0.001}
+    assert error.relaxation == "Raise memory from 150 B to 300 B, +100.0 %."
+    assert "latency mean is limited to 2.00 ms, least 1.00 ms with all other budgets left aside" in str(error)
+
+
+def test_of_known_plans_the_nearest_is_told_where_no_single_budget_helps():
+    tight = (LIMITS[0], replace(LIMITS[1], most=0.0005))
+    error = explain_points(tight, [(200.0, 0.003), (300.0, 0.001)], "Or measure more.")
+    assert error.binding == ("memory", "latency mean")
+    raised = "raise memory from 150 B to 300 B, +100.0 % and latency mean from 500.0 us to 1.00 ms, +100.0 %"
+    assert error.relaxation == f"No single budget helps; {raised}. Or measure more."
+
+
+@given(st.lists(st.tuples(st.floats(1, 9), st.floats(1, 9)), min_size=1, max_size=6), st.floats(1, 9), st.floats(1, 9))
+def test_of_known_plans_the_least_with_the_others_kept_is_a_plan(
+    points: list[tuple[float, float]], memory_most: float, latency_most: float
+):
+    limits = (replace(LIMITS[0], most=memory_most), replace(LIMITS[1], most=latency_most))
+    if any(one <= memory_most and two <= latency_most for one, two in points):
+        return
+    error = explain_points(limits, points)
+    kept = [one for one, two in points if two <= latency_most]
+    assert error.least["memory"] == min(kept or [one for one, _ in points])
+    assert error.binding
 
 
 def test_rules_that_cannot_be_met_are_told_from_budgets():

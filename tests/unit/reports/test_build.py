@@ -48,7 +48,7 @@ def test_every_budget_is_joined_with_its_measurement(make_small):
     manifest = make_small.manifest()
     report = build_report(manifest, make_small.bench(manifest), make_small.verify(manifest), None)
     assert [(v.name, v.limit, v.promised, v.ok) for v in report.verdicts] == [
-        ("host memory", 1000, 800, True),
+        ("memory", 1000, 800, True),
         ("mean latency", 0.003, 0.002, True),
         ("accuracy drop", 0.02, 0.01, False),
         ("program size", 700, 600, True),
@@ -60,7 +60,7 @@ def test_every_budget_is_joined_with_its_measurement(make_small):
 def test_what_was_not_measured_is_neither_met_nor_silent(make_small):
     report = build_report(make_small.manifest(), None, None, None)
     unmeasured = [v for v in report.verdicts if not v.was_measured]
-    assert [v.name for v in unmeasured] == ["host memory", "mean latency", "accuracy drop"]
+    assert [v.name for v in unmeasured] == ["memory", "mean latency", "accuracy drop"]
     assert not any(v.ok for v in unmeasured)
     assert all("not measured" in v.note for v in unmeasured)
 
@@ -106,9 +106,9 @@ def test_the_benchmarks_own_statistic_goes_before_raw_samples(make_small):
 
 def test_an_accelerators_memory_is_not_read_from_the_process(make_small):
     manifest = make_small.manifest(budget=Budget(memory_bytes={Tier.DEVICE: 1000}))
-    assert verdict(build_report(manifest, make_small.bench(manifest), None, None), "device memory").measured == 900
+    assert verdict(build_report(manifest, make_small.bench(manifest), None, None), "vram").measured == 900
     other = manifest.model_copy(update={"backend": "tensorrt"})
-    assert not verdict(build_report(other, make_small.bench(other), None, None), "device memory").was_measured
+    assert not verdict(build_report(other, make_small.bench(other), None, None), "vram").was_measured
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,8 @@ def test_the_page_is_whole_and_carries_nothing_that_runs_or_is_fetched(full):
         "Expert cache",
         "Time per token",
         "Use of experts",
+        "Residency",
+        "less than 10 % of events",
         "Precision",
         "Quality",
         "Proof",
@@ -300,6 +302,77 @@ def test_use_is_summed_over_runs_and_dense_layers_have_none(manifest):
     assert use_section(manifest, ()) is None
 
 
+def test_residency_is_shown_as_a_share_of_the_events_of_all_runs(manifest):
+    first, second = sample_bench(manifest, repeats=2).runs
+    first, second = (
+        run.model_copy(update={"decode_events": events, "expert_residency": ((0,) * 8, held, *[(0,) * 8] * 3)})
+        for run, events, held in (
+            (first, 100, (100, 0, 50, 5, 0, 100, 0, 0)),
+            (second, 300, (300, 0, 50, 5, 0, 299, 0, 0)),
+        )
+    )
+    uses = ((0,) * 8, (1, 2, 9, 0, 0, 0, 0, 0), *[(0,) * 8] * 3)
+    section = use_section(manifest, [one.model_copy(update={"expert_uses": uses}) for one in (first, second)])
+    assert section is not None
+    assert section.stays is not None
+    # the busiest expert, 2, was there in 100 of 400 events; expert 0 always, experts 1, 4, 6 and 7 never
+    assert section.stays.rows[0] == ("1", "2.3 of 8", "1", "4", "25.0 %")
+    assert section.stays.rows[1] == ("2", "0.0 of 8", "0", "8", "–")
+    assert [words for _, words in section.stays.key] == [
+        "never", "less than 10 % of events", "from 10 %", "from 25 %", "from 50 %", "from 75 %", "from 95 %",
+    ]  # fmt: skip
+    assert "400 in 2 runs, prompts not counted" in section.stays.words
+    wide = ET.fromstring(_pictures(section.stays.chart)[0])
+    assert "Residency of experts in 4 layers: the share of 400 events" in wide.attrib["aria-label"]
+    paths = [one for one in wide.iter() if one.get("class", "").startswith("stay")]
+    cells = {one.attrib["class"]: one.attrib["d"].count("M") for one in paths}
+    assert cells == {"stay s5": 2, "stay s2": 1, "stay s0": 1, "stay never": 4 + 3 * 8}
+
+
+def test_the_two_maps_of_experts_have_the_same_places(full):
+    section = use_section(full.manifest, full.runs)
+    assert section is not None
+    assert section.stays is not None
+    for use, stay in zip(*(_pictures(one.chart) for one in (section, section.stays)), strict=True):
+        assert _places(use) == _places(stay)
+        assert len(_places(use)) == 4 * 8
+
+
+def _pictures(chart: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", chart, re.DOTALL)
+
+
+def _places(picture: str) -> list[str]:
+    """Return where the cells of a map stand, in order."""
+    paths = [one.attrib["d"] for one in ET.fromstring(picture).iter() if "d" in one.attrib]
+    return sorted(re.findall(r"M([\d.]+ [\d.]+)", "".join(paths)))
+
+
+def test_a_record_without_residency_says_so(manifest):
+    old = sample_stats(manifest, decode_events=0, expert_residency=())
+    section = use_section(manifest, [old])
+    assert section is not None
+    assert section.stays is None
+    assert "is not in this record" in Page(to_decoder_html(build_decoder_report(manifest, None, old))).text
+    known = sample_stats(manifest).model_dump()
+    for name in ("decode_events", "expert_residency"):
+        del known[name]
+    assert type(old).model_validate(known).expert_residency == ()
+
+
+def test_what_the_map_of_residency_leaves_out_is_said(manifest, full, on_device):
+    assert "copies in the processor's memory are not shown" in Page(to_decoder_html(on_device)).text
+    assert "copies in the processor's memory" not in Page(to_decoder_html(full)).text
+    plan = manifest.plan.model_copy(update={"verdict": "fits"})
+    fits = manifest.model_copy(update={"plan": plan})
+    run = sample_stats(fits)
+    whole, crowded = (
+        run.model_copy(update={"cache": run.cache.model_copy(update={"evictions": count})}) for count in (0, 5)
+    )
+    assert "counts from its first use" in Page(to_decoder_html(build_decoder_report(fits, None, whole))).text
+    assert "counts from its first use" not in Page(to_decoder_html(build_decoder_report(fits, None, crowded))).text
+
+
 def test_precisions_are_the_bundles_and_differences_from_the_plan_are_counted(manifest):
     assert precision_section(manifest).mismatches == 0
     totals = {name: (experts, units) for name, experts, units, _ in precision_section(manifest).totals}
@@ -345,7 +418,7 @@ def on_device(manifest) -> DecoderReportDocument:
     record = sample_record()
     checks = [
         Check(name=name, unit="bytes", limit=limit, promised=4060 * MIB, measured=3981 * MIB, ok=True)
-        for name, limit in (("device memory", None), ("device memory budget", 4096 * MIB))
+        for name, limit in (("vram", None), ("vram budget", 4096 * MIB))
     ]
     bench = sample_bench(manifest)
     bench = bench.model_copy(update={"device": record, "checks": (*bench.checks, *checks)})
@@ -357,15 +430,15 @@ def test_a_device_has_a_section_of_its_own_and_its_budget_a_verdict(on_device, f
     for words in ("Predicted against measured", "Who waited", "NVIDIA GeForce RTX 4090", "copies to the GPU"):
         assert words in page
         assert words not in Page(to_decoder_html(full)).text
-    assert verdict(on_device, "device memory").limit == 4096 * MIB
-    assert "device memory" not in {check.name for check in on_device.checks}, "told once"
+    assert verdict(on_device, "vram").limit == 4096 * MIB
+    assert "vram" not in {check.name for check in on_device.checks}, "told once"
     assert "51.2 ms per token promised on the processor" in outcome(on_device)[1]
 
 
 def test_a_gpus_budget_that_nobody_measured_is_not_met(manifest):
     budget = manifest.plan.budget.model_copy(update={"vram_bytes": 1 << 30})
     asked = manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"budget": budget})})
-    found = verdict(build_decoder_report(asked, None, None), "device memory")
+    found = verdict(build_decoder_report(asked, None, None), "vram")
     assert not found.was_measured
     assert not found.ok
     assert "edgeflex bench --device cuda" in found.note

@@ -191,8 +191,8 @@ def test_bench_alone_and_verify_alone_both_give_a_page(make_small):
 
 def test_a_plan_that_is_not_proven_is_never_called_optimal(rich_report, small):
     assert "optimal" not in Page(to_html(rich_report)).text
-    assert "gap 0.25 %" in Page(to_html(rich_report)).text
-    assert "proved this plan optimal for its cost table" in Page(to_html(small)).text
+    assert "gap of 0.25 %" in Page(to_html(rich_report)).text
+    assert "This plan is proven optimal for its cost table" in Page(to_html(small)).text
 
 
 def test_sensitivity_appears_with_the_table_of_the_plan_only(rich_report, rich_table_of_plan):
@@ -260,6 +260,11 @@ def test_commands_repeat_the_budget_so_that_it_parses(rich_report):
     assert parse_time_s(latency) == pytest.approx(budget.latency[1].limit_s)
     assert statistic == "p95"
     assert f"--disk {budget.disk_bytes} --confidence 95% --minimize latency:mean" in text
+
+
+def test_every_precision_has_a_colour_of_its_own_rule():
+    css = (Path(to_html.__code__.co_filename).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    assert [one.value for one in Precision if f"\n.{one.value} {{ fill: " not in css] == []
 
 
 def test_the_small_page_is_the_golden_page(small):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeflex.runtimes.decoder_rates import measure_reads, read_line, walked_bytes
+from edgeflex.runtimes.decoder_rates import ReadTimes, read_line, walked_bytes
 from edgeflex.schema import Precision
 from tests.tiny_decoder import tiny_graph
 
@@ -39,9 +39,34 @@ def test_a_matrix_is_timed_over_the_decoders_own_bytes_and_no_more_than_no_cache
 
 def test_reads_are_measured_with_what_the_clock_says_and_leave_no_file(tmp_path: Path) -> None:
     ticks = iter(range(10**6))
-    rate, checked_rate, latency_s = measure_reads(tmp_path, 1 << 20, lambda: float(next(ticks)))
-    # every batch takes one tick, whatever its records: no slope, so the rate is that of a line through the origin
-    assert latency_s == 0.0
-    assert rate == pytest.approx((1 << 20) * 21 / 7)
-    assert checked_rate == pytest.approx(4 << 20)
+    with ReadTimes(tmp_path, 1 << 20, lambda: float(next(ticks))) as reads:
+        for _ in range(3):
+            reads.turn()
+        # every batch takes one tick, whatever its records: no slope, so the rate is that of a line through the origin
+        latency_s, rate = reads.line()
+        assert latency_s == 0.0
+        assert rate == pytest.approx((1 << 20) * 21 / 7)
+        assert reads.checked_rate() == pytest.approx(4 << 20)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_slow_spell_among_many_turns_does_not_move_the_line(tmp_path: Path) -> None:
+    spells = iter([1e-3] * 24 + [1e-4] * 2 * 24)  # seconds of each batch; the first eight turns are slow
+    now, begun = 0.0, False
+
+    def clock() -> float:
+        nonlocal now, begun
+        now += next(spells) if begun else 0.0
+        begun = not begun
+        return now
+
+    with ReadTimes(tmp_path, 1 << 16, clock) as reads:
+        for _ in range(24):
+            reads.turn()
+        _, rate = reads.line()
+    assert rate == pytest.approx((1 << 16) * 21 / 7 / 1e-4)
+
+
+def test_small_records_get_many_turns_and_large_ones_few(tmp_path: Path) -> None:
+    with ReadTimes(tmp_path, 4096) as small, ReadTimes(tmp_path, 64 << 20) as large:
+        assert (small.turns, large.turns) == (240, 3)

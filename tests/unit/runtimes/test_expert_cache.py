@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edgeflex.errors import InputError
 from edgeflex.runtimes.expert_cache import ExpertCache, split_event, union_of
 from edgeflex.runtimes.policies import POLICIES, make_policy
+from edgeflex.runtimes.ranked_policies import EnuPolicy
 
 LAYERS, EXPERTS = 4, 6
 
@@ -209,3 +210,39 @@ def test_the_union_of_tokens_has_parts_of_the_routers_weight():
     assert union_of(experts, weights) == ((0, 1, 3), (0.25, 0.375, 0.375))
     assert union_of(experts, None) == ((0, 1, 3), None)
     assert union_of(experts, np.full((2, 2), np.nan)) == ((0, 1, 3), None)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 10))
+def test_the_union_of_one_token_is_that_of_any_number_of_tokens(seed, top_k):
+    draw = np.random.default_rng(seed)
+    experts = draw.choice(40, (1, top_k), replace=False).astype(np.int32)
+    weights = draw.random((1, top_k), dtype=np.float32) * draw.choice([1.0, 0.0]).astype(np.float32)
+    # a second token that uses the same experts and weighs nothing makes it go the way of many
+    both = np.concatenate([experts, experts]), np.concatenate([weights, 0 * weights])
+    assert union_of(experts, weights) == union_of(*both)
+
+
+class Told(EnuPolicy):
+    """Remembers of how many events it was told."""
+
+    events = 0
+
+    def use(self, step, layer, experts, weights, misses):
+        self.events += 1
+        super().use(step, layer, experts, weights, misses)
+
+
+class Asked(Told):
+    """The same, asked by others too."""
+
+    foretells = True
+
+
+@pytest.mark.parametrize(("kind", "room", "told"), [(Told, 4, 0), (Told, 3, 6), (Asked, 4, 2), (Asked, 3, 6)])
+def test_a_policy_learns_only_while_something_may_leave_or_is_foretold(kind, room, told):
+    policy = kind(1, 4, top_k=2)
+    cache = ExpertCache(room, np.ones((1, 4), dtype=np.int64), policy)
+    for step, used in enumerate([(0, 1), (2, 3), (0, 1), (1, 2), (0, 3), (0, 1)]):
+        cache.event(step, 0, used, decoding=True)
+    assert policy.events == told

@@ -91,6 +91,7 @@ def memory(device: int | None, *, unified: bool | None = None) -> ModelMemory:
     return ModelMemory(runtime_bytes=1, model_bytes=30_000, load_peak_bytes=None, device_bytes=device, unified=unified)
 
 
+@pytest.mark.slow
 def test_a_card_of_its_own_memory_is_judged_by_that_alone():
     found, told = counted_memory(gpu_plan(memory_of="gpu"), memory(110_000, unified=False))
     assert found == 110_000
@@ -116,6 +117,7 @@ def checks_of(tmp_path, plan: Plan, held: ModelMemory) -> dict[str, Any]:
     return {check.name: check for check in result.checks}
 
 
+@pytest.mark.slow
 def test_a_benchmark_names_and_judges_the_gpus_memory(tmp_path):
     checks = checks_of(tmp_path, gpu_plan(memory_of="gpu"), memory(110_000, unified=False))
     assert (checks["GPU memory"].measured, checks["GPU memory"].ok) == (110_000, True)

@@ -220,6 +220,7 @@ def rates(name: str, policy: str) -> list[float]:
 @pytest.mark.needs_data
 @pytest.mark.parametrize("policy", ["lru", "belady"])
 @pytest.mark.parametrize("name", ["qwen", "gptoss"])
+@pytest.mark.slow
 def test_published_hit_rates_are_reproduced_to_the_decimal(name, policy):
     assert [round(rate, 1) for rate in rates(name, policy)] == list(PUBLISHED[name][policy])
 

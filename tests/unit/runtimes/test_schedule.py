@@ -7,9 +7,11 @@ in bytes is its seconds on a link of 1000 bytes/s times 1000. Large ones take cu
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +37,9 @@ from edgeflex.runtimes.schedule import (
     static,
     two_pointer,
 )
+from edgeflex.runtimes.schedule_bounds import Bounds, _dual_of_few, _dual_of_many, _Sides
+from edgeflex.runtimes.schedule_choices import ChoiceSearch
+from edgeflex.runtimes.schedule_search import Best, Event, Job, Order, _DeepSearch
 from edgeflex.runtimes.timeline import Work, cost_of
 
 RULES = (all_cpu, all_upload, static, two_pointer, hybrimoe, fiddler)
@@ -419,6 +424,100 @@ def test_a_scheduler_remembers_shapes_and_gives_what_a_search_gives():
         found = scheduler.schedule(active)
         assert found.span_s == pytest.approx(schedule(active, curves).span_s, rel=1e-9)
         assert simulate(found, active, curves).span_s == pytest.approx(found.span_s, rel=1e-9)
+
+
+def decode_events(seed: int, count: int) -> list[tuple[list[Active], Curves]]:
+    """Events as decoding asks for them: few kinds of expert, worth in steps, some of them again on other curves."""
+    draw, found = random.Random(seed), []
+    curves = machine(draw)
+    for number in range(count):
+        if number % 20 == 0:
+            curves = replace(machine(draw), cpu_start_s=draw.choice([0.0, 3e-5]))
+        flash, copies, step_s = draw.random() < 0.2, draw.random() < 0.7, draw.choice([0.0, 2e-5, 4e-5])
+        places: list[Place] = ["gpu", "gpu", "gpu", "ram", "ram"]
+        places += ["flash"] if flash else []
+        active = []
+        for expert in sorted(draw.sample(range(64), draw.randint(1, 8))):
+            size_bytes = draw.choice([4_500_000, 4_500_000, 9_000_000])
+            one = Active((number, expert), draw.choice([1, 1, 1, 2]), size_bytes, draw.choice(places))
+            worth_s = 0.0 if one.place == "gpu" else step_s * draw.randint(0, 6)
+            active.append(replace(one, ram_copy=copies and one.place == "gpu", worth_s=worth_s))
+        found.append((active, curves))
+    return found
+
+
+def decision(found: Schedule) -> list[Any]:
+    """What is decided, by numbers of experts, and when it ends."""
+    sides = [[expert for _, expert in keys] for keys in (found.on_gpu, found.uploaded, found.on_cpu, found.read)]
+    return [*sides, found.proven, found.span_s]
+
+
+def test_what_is_decided_is_what_was_decided_before_it_became_quick():
+    # recorded from the scheduler that built every candidate as an object and weighed them with arrays
+    path = Path(__file__).parents[2] / "data" / "decode_schedules.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    events = decode_events(recorded["seed"], len(recorded["decisions"]))
+    assert len(events) >= 400
+    schedulers: dict[int, Scheduler] = {}
+    for (active, curves), expected in zip(events, recorded["decisions"], strict=True):
+        scheduler = schedulers.setdefault(id(curves), Scheduler(curves))
+        for _ in range(2):  # searched, and remembered
+            found = decision(scheduler.schedule(active))
+            assert found[:-1] == expected[:-1]
+            assert found[-1] == pytest.approx(expected[-1], rel=1e-12)
+
+
+def test_a_remembered_schedule_is_the_searched_one_to_the_last_field():
+    for active, curves in decode_events(3, 120):
+        order = sorted(
+            active, key=lambda one: (one.place, one.size_bytes, one.rows, one.kind, one.ram_copy, one.worth_s)
+        )
+        scheduler = Scheduler(curves)
+        assert scheduler.schedule(active) == scheduler.schedule(active) == schedule(order, curves)
+        moved = [replace(one, key=(9, 63 - one.key[1])) for one in active]
+        again = scheduler.schedule(moved)
+        assert [(9, 63 - expert) for _, expert in schedule(order, curves).uploaded] == list(again.uploaded)
+        assert scheduler.costs(active) == {one.key: cost_of(one, curves) for one in active}
+
+
+def test_a_scheduler_of_other_curves_remembers_nothing_of_these():
+    active = [Active((0, i), 1, 1000, "ram") for i in range(4)]
+    quick, slow = Curves(flat(0.1), flat(1.0), 1e5), Curves(flat(0.1), flat(1.0), 1.0)
+    assert Scheduler(quick).schedule(active).on_cpu == ()
+    assert Scheduler(slow).schedule(active).uploaded == ()
+
+
+def searched(active: list[Active], curves: Curves, search, effort: int) -> tuple[Order, float, bool]:
+    """Search an event to the end from nothing but everything on the CPU."""
+    jobs = [Job(cost_of(one, curves), one.place, 0.0 if one.place == "gpu" else one.worth_s) for one in active]
+    factors = {"cpu_factor": curves.cpu_beside_link, "link_factor": curves.link_beside_cpu}
+    event = Event(jobs, cpu_start_s=curves.cpu_start_s, **factors)
+    bounds = Bounds(event)
+    best = Best(event, bounds.event_s)
+    best.offer(Order((), tuple(sorted(event.free)), ()))
+    done = search(best, bounds, effort).run()
+    return best.order, best.objective_s, done
+
+
+@pytest.mark.parametrize("effort", [20, 1500])
+def test_the_search_of_choices_finds_what_the_search_with_reads_finds_without_any(effort):
+    draw = random.Random(43)
+    events = [random_event(draw, draw.randint(1, 12), ("gpu", "gpu+", "ram"), contended=n % 2 == 0) for n in range(150)]
+    events += [event for event in decode_events(5, 150) if "flash" not in {one.place for one in event[0]}]
+    for event, curves in events:
+        active = [replace(one, worth_s=draw.choice([0.0, draw.uniform(0, 2)])) for one in event]
+        assert searched(active, curves, ChoiceSearch, effort) == searched(active, curves, _DeepSearch, effort)
+
+
+def test_bounds_of_few_jobs_are_those_of_many_to_the_bit():
+    draw = random.Random(47)
+    for _ in range(400):
+        count = draw.randint(0, 16)
+        sides = _Sides(*([draw.choice([0.0, 1.0, draw.random()]) for _ in range(count)] for _ in range(3)))
+        factors = None if draw.random() < 0.5 else (1 / draw.uniform(1, 2), 1 / draw.uniform(1, 2))
+        shares = [0.0, 1.0] + ([] if factors is None else [draw.random(), draw.random()])
+        given_s = draw.choice([0.0, draw.random()])
+        assert _dual_of_few(sides, shares, given_s, factors) == _dual_of_many(sides, shares, given_s, factors)
 
 
 def test_a_remembered_shape_still_names_an_expert_that_stands_twice():

@@ -54,6 +54,7 @@ def test_every_version_gives_the_references_answers_at_every_exit(made, version:
         assert all(name in names_of(kind, one) for one in VERSIONS), f"{kind}.{name}"
 
 
+@pytest.mark.slow
 def test_what_the_exporter_writes_is_what_is_built_and_run(tmp_path, monkeypatch):
     bundle = write_exported_bundle(tmp_path / "bundle")
     trt = install(monkeypatch, "10.3")

@@ -116,3 +116,20 @@ def test_the_most_that_an_axis_may_be_is_that_of_all_ranges(made):
     for name, axis in (("up", 0), ("y", 2)):
         with pytest.raises(BundleError, match="no input"):
             stage.most(name, axis)
+
+
+def test_a_stage_of_its_own_has_a_new_context_for_the_range_that_holds_the_shapes():
+    shared, alone, asked = (Context(), Context()), Context(), []
+
+    def another(profile: int) -> Context:
+        asked.append(profile)
+        return alone
+
+    stage = EngineStage(RECIPE, shared, 77, Messages(), another)
+    own = stage.own({"y": (5, 4)})
+    assert asked == [1]
+    own(PLACES, {"y": (5, 4)})
+    assert alone.calls[-1] == ("run", 77)
+    assert shared[0].calls == shared[1].calls == []
+    with pytest.raises(DeviceError, match="no range of shapes"):
+        own(PLACES, {"y": (9, 4)})
