@@ -54,7 +54,7 @@ _LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less i
 _PAUSE_S = 2e-4  # about what a layer computes between two reads
 _LAYERS = 2
 _DECODED = 24
-_ROUNDS = 5
+_ROUNDS = 15
 
 
 def measure_rates(
