@@ -7,10 +7,11 @@ divergence. Kept: mean seconds of a decoded token within 15 % and memory within 
 must not be the calibration's. One thread. Plans with the same precisions share one export, which is the same but for
 the plan in its manifest; a decoder of many gigabytes is then exported once (``--max-kl 100``, fewer tokens).
 
-A shared machine's speed drifts by more than that. "machine" is how long one matrix of the decoder takes now, over what
-it took at calibration (mean of before and after). Times are counted raw, and with what was computed divided by that;
-waits for the disk stay as they were. While "machine" is above 1.12, another program shares the core, and the
-measurement is taken again, at most eight times. Nothing about the plan decides that.
+A shared machine's speed drifts by more than that within seconds. So each repeat of a plan is measured between two of
+one program that stays the same (everything in memory), and what was computed is divided by how much slower that program
+was then than when the run began; waits for the disk stay as they were. For a plan that is this program, that tells only
+what it took when the run began. Measure the rates just before (remove rates.json from the calibration, and run the same
+``edgeflex calibrate`` again). Times are counted so, and raw.
 """
 
 from __future__ import annotations
@@ -19,43 +20,22 @@ import argparse
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgeflex import flow
 from edgeflex.errors import InfeasibleError
 from edgeflex.files import write_atomic
-from edgeflex.runtimes.decoder_rates import walked_bytes
-from edgeflex.runtimes.native import time_matrix
-from edgeflex.schema_moe import (
-    DecoderBench,
-    DecoderBudget,
-    DecoderCalibration,
-    DecoderManifest,
-    DecoderPlan,
-    DecoderRates,
-)
+from edgeflex.schema_moe import DecoderBudget, DecoderManifest
 
-_CALM, _ATTEMPTS = 1.12, 8
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
+    from edgeflex.schema_moe import DecoderBench, DecoderPlan
 
-def yardstick(calibration: Path):
-    """Return a function that times the largest measured matrix over what it took at calibration."""
-    rates = DecoderRates.parse((calibration / "rates.json").read_bytes(), "rates")
-    graph = DecoderCalibration.parse((calibration / "decoder-calibration.json").read_bytes(), "calibration").graph
-    one = max((x for x in rates.matrices if x.rows_in == 1 and x.threads == 1), key=lambda x: x.seconds)
-    walked = walked_bytes(graph, one.precision)
-
-    def slower() -> float:
-        now = [
-            time_matrix(one.precision, one.rows, one.columns, rows_in=1, threads=1, total_bytes=walked)
-            for _ in range(3)
-        ]
-        return float(np.median(now)) / (one.seconds / rates.in_token)
-
-    return slower
+_FIRST = 5  # benches of the program that stays the same, when the run begins
 
 
 def with_plan(exported: Path, plan: DecoderPlan, bundle: Path) -> None:
@@ -72,6 +52,56 @@ def waiting_share(result: DecoderBench) -> float:
     return sum(one.wait_s for one in times) / sum(one.total_s for one in times)
 
 
+class Turns:
+    """Benches one bundle between two benches of another that stays the same.
+
+    Args:
+        same: The bundle that stays.
+        bench: Benches a bundle once.
+
+    Attributes:
+        first_s: Seconds per token of the bundle that stays, at the beginning.
+    """
+
+    def __init__(self, same: Path, bench: Callable[[Path], DecoderBench]) -> None:
+        self._same, self._bench = same, bench
+        self.first_s = float(np.median([self._same_s() for _ in range(_FIRST)]))
+
+    def _same_s(self) -> float:
+        return measured(self._bench(self._same), "time per token")
+
+    def measure(self, bundle: Path, repeats: int) -> Measured:
+        """Return medians over repeats."""
+        rows = []
+        before = self._same_s()
+        for _ in range(repeats):
+            result = self._bench(bundle)
+            after = self._same_s()
+            slower = (before + after) / 2 / self.first_s
+            waited, token_s = waiting_share(result), measured(result, "time per token")
+            rows.append((
+                token_s, token_s * ((1 - waited) / slower + waited), slower,
+                measured(result, "memory"), measured(result, "hit rate"),
+            ))  # fmt: skip
+            before = after
+        return Measured(*np.median(rows, axis=0).tolist())
+
+
+class Measured(NamedTuple):
+    """Medians: seconds per token, the same at the first speed, slowness, bytes, share of hits."""
+
+    token_s: float
+    calm_s: float
+    slower: float
+    memory_bytes: float
+    hits: float
+
+
+def measured(result: DecoderBench, name: str) -> float:
+    """Return what a check measured."""
+    return next(one.measured for one in result.checks if one.name == name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -82,7 +112,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.005, 0.02, 1.0], help="drawn from")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--work", type=Path, help="where bundles lie, on the disk that was calibrated")
     parser.add_argument("--exported", type=Path, help="a bundle of the decoder that need not be exported again")
     parser.add_argument("--follow-text", action="store_true", help="answers are the text's; for random weights")
@@ -92,15 +122,40 @@ def main() -> None:
     sizes = {"context_tokens": arguments.context, "prompt_tokens": arguments.prompt}
     free = flow.plan_decoder(arguments.calibration, DecoderBudget(minimize="kl", **sizes)).predicted.memory
     least = free.total_bytes - free.cache_bytes
-    slower = yardstick(arguments.calibration)
-    kept = {"time per token, raw": 0, "time per token, at the calibration's speed": 0, "memory": 0}
+    kept = {"time per token, raw": 0, "time per token, at the first speed": 0, "memory": 0}
     done, exports = 0, {}
     if arguments.exported:
         raw = (arguments.exported / "manifest.json").read_bytes()
         exports[arguments.exported] = DecoderManifest.parse(raw, "manifest").plan.choices
     scratch = tempfile.TemporaryDirectory(dir=arguments.work)
-    work = Path(scratch.name)
-    print("    budget  verdict   promised   measured  ratio  memory   hits   seen machine   calm")
+
+    def placed(plan: DecoderPlan) -> Path:
+        bundle = Path(scratch.name) / f"bundle-{len(list(Path(scratch.name).iterdir()))}"
+        exported = next((one for one, choices in exports.items() if choices == plan.choices), None)
+        if exported is None:
+            flow.export_decoder(plan, arguments.model, arguments.calibration, bundle, stock=False)
+            exports[bundle] = plan.choices
+        else:
+            with_plan(exported, plan, bundle)
+        return bundle
+
+    every = flow.plan_decoder(
+        arguments.calibration, DecoderBudget(max_kl=max(arguments.max_kl), minimize="latency", **sizes)
+    )
+    turns = Turns(
+        placed(every),
+        lambda bundle: flow.bench_decoder(
+            bundle,
+            arguments.text,
+            prompts=3,
+            max_tokens=arguments.max_tokens,
+            repeats=1,
+            follow_text=arguments.follow_text,
+        ),
+    )
+    said_s = every.predicted.token_s.value
+    print(f"the program that stays: promised {said_s * 1e3:.3f} ms, took {turns.first_s * 1e3:.3f} ms at first")
+    print("    budget  verdict   promised   measured  ratio  memory   hits   seen  slower   calm")
     while done < arguments.budgets:
         budget = DecoderBudget(
             memory_bytes=int(least + rng.uniform(0.12, 1.05) * free.cache_bytes),
@@ -112,41 +167,18 @@ def main() -> None:
             plan = flow.plan_decoder(arguments.calibration, budget)
         except InfeasibleError:
             continue
-        bundle = work / f"bundle-{done}"
-        exported = next((one for one, choices in exports.items() if choices == plan.choices), None)
-        if exported is None:
-            flow.export_decoder(plan, arguments.model, arguments.calibration, bundle, stock=False)
-            exports[bundle] = plan.choices
-        else:
-            with_plan(exported, plan, bundle)
-        for attempt in range(_ATTEMPTS):
-            before = slower()
-            result = flow.bench_decoder(
-                bundle,
-                arguments.text,
-                prompts=3,
-                max_tokens=arguments.max_tokens,
-                repeats=arguments.repeats,
-                follow_text=arguments.follow_text,
-            )
-            after = slower()
-            speed = (before + after) / 2
-            if max(before, after) <= _CALM:
-                break
-            time.sleep(2 + attempt)
-        checks = {one.name: one for one in result.checks}
-        token, memory, hits = checks["time per token"], checks["memory"], checks["hit rate"]
-        ratio, share = token.measured / token.promised, memory.measured / memory.promised
+        found = turns.measure(placed(plan), arguments.repeats)
+        said = plan.predicted
+        ratio, share = found.token_s / said.token_s.value, found.memory_bytes / said.memory.total_bytes
+        calm = found.calm_s / said.token_s.value
         kept["time per token, raw"] += abs(ratio - 1) <= 0.15
-        waited = waiting_share(result)
-        calm = ratio * ((1 - waited) / speed + waited)
-        kept["time per token, at the calibration's speed"] += abs(calm - 1) <= 0.15
+        kept["time per token, at the first speed"] += abs(calm - 1) <= 0.15
         kept["memory"] += abs(share - 1) <= 0.05
         done += 1
         print(
-            f"{budget.memory_bytes / 2**20:>6.1f} MiB {plan.verdict:>8} {token.promised * 1e3:>7.3f} ms "
-            f"{token.measured * 1e3:>7.3f} ms {ratio:>6.3f} {share:>7.3f} {hits.promised:>6.1%} {hits.measured:>6.1%} "
-            f"{speed:>7.2f} {calm:>6.3f}",
+            f"{budget.memory_bytes / 2**20:>6.1f} MiB {plan.verdict:>8} {said.token_s.value * 1e3:>7.3f} ms "
+            f"{found.token_s * 1e3:>7.3f} ms {ratio:>6.3f} {share:>7.3f} {said.hit_rate:>6.1%} {found.hits:>6.1%} "
+            f"{found.slower:>7.2f} {calm:>6.3f}",
             flush=True,
         )
     scratch.cleanup()
