@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
 from edgeflex.bundle_moe import open_decoder_bundle
@@ -122,7 +121,7 @@ def bench_decoder(
     manifest = DecoderSession.from_bundle(folder, chosen).manifest
     tasks = [
         Task(prompt=tuple(prompt), max_tokens=max_tokens, forced=tuple(answer))
-        for prompt, answer in zip(prompts, answers or repeat(()), strict=False)
+        for prompt, answer in zip(prompts, answers or [()] * len(prompts), strict=True)
     ]
     shown = progress or Silent()
     if chosen.device is None:

@@ -3,8 +3,9 @@
 Matrices are timed one shape and precision at a time over as many copies as the decoder has weights, since those of a
 large one come from memory and part of a small one's stays in the processor's caches; each is timed in two passes, far
 apart, and the quicker stands, so that another program's spell is not taken for the machine. Within a decoded token
-they take longer (each meets other memory, activations lie between): how much is measured on experts of a short decoder
-of the same shape, beside the same matrices by themselves, and is in the seconds of one row. What is beside matrices
+they take longer (each meets other memory, activations lie between) or, where small, less (experts share a quantised
+row): how much is measured on experts of a short decoder of the same shape, beside the same matrices by themselves, and
+is in the seconds of one row. What is beside matrices
 (attention, norms, routing, the loop) is timed on that short decoder too, whose own matrices are taken off.
 Reads go through the runtime's own readers, in records as large as an expert, with a decoder's computing between, and
 spread over the whole time of measuring matrices.
@@ -323,13 +324,12 @@ class ReadTimes:
         turn_bytes = sum(_BATCHES) * record_bytes
         self.turns = int(np.clip(2 * _READ_BYTES // turn_bytes, _LEAST_TURNS, _MOST_TURNS))
         self._seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
-        self._kept = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as kept:
-            self._path = kept.enter_context(_written(folder, max(4, _READ_BYTES // record_bytes), record_bytes))
-            self._order = np.random.default_rng(1).permutation(max(4, _READ_BYTES // record_bytes))
-            half = max(2, len(self._order) // 2)
-            self._places, self._checked = cycle(self._order[:half].tolist()), self._order[half:]
+            count = max(4, _READ_BYTES // record_bytes)
+            self._path = kept.enter_context(_written(folder, count, record_bytes))
+            order = np.random.default_rng(1).permutation(count)
+            self._places, self._checked = cycle(order[: count // 2].tolist()), order[count // 2 :]
             memory = private_pages(4 * record_bytes)
             self._mover = kept.enter_context(Mover(memory, direct=takes_direct(self._path)))
             self._kept = kept.pop_all()

@@ -228,12 +228,7 @@ def exact(graph: DecoderGraph) -> dict[str, Precision]:
     return dict.fromkeys(units(graph), FP32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of tests/conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -33,12 +33,7 @@ PROMPTS = [[7, 3, 90, 3, 3, 15, 42, 61, 8, 8, 30], [5, 6, 7]]
 NEW = 14
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of tests/conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -80,12 +80,7 @@ def source_of(graph: DecoderGraph, folder: Path) -> Any:
     return MemorySource(graph, folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of tests/conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -63,12 +63,7 @@ HALF_STAGE, HALF_LOGITS = 2e-3, 5e-3
 VALUES = {"x", "y", "positions", "key_cache", "value_cache"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of tests/conftest.py
 
 
 @pytest.fixture(scope="module")
