@@ -1,8 +1,8 @@
 """Prints what our CPU-GPU schedules and caches make of routing traces, beside the rules of published systems.
 
-Run as ``python benchmarks/gpu_schedules.py [--quick] [--each] [--seed N]``. Everything is simulated: the machines
-below are sets of curves, not measurements, and every strategy is timed on the same curves and the same trace
-(``virtual``).
+Run as ``python benchmarks/gpu_schedules.py [--quick] [--each] [--seed N] [--in-slices X]``. Everything is simulated:
+the machines below are sets of curves, not measurements, and every strategy is timed on the same curves and the same
+trace (``virtual``).
 
 Protocol: the first quarter of the decoded tokens (and the prompt) is the calibration. It gives every strategy the
 order in which VRAM is filled, warms every cache, and lets ours choose its variant; the other three quarters judge.
@@ -16,9 +16,11 @@ Seconds are of whole decoded tokens: experts and the dense part of every layer.
 
 ``x best`` is the time of the best of these four over ours, cell by cell, so that ours must beat a rival that knows
 which rule suits the cell. Ours divides one missing expert of an event between CPU and GPU, as ``cuda_experts`` does
-(see ``division``); ``whole`` is the same of ours where none is. ``bound`` is the time that no cache and no scheduler
-can beat on these curves (Belady's bytes, all resources always busy); its share of ours is 100 % where nothing is left
-to gain, and ``most possible x`` is the best rival over it.
+(see ``division``), on curves that carry what slices cost the CPU as ``sliced_experts.py`` measured it (bf16 experts,
+for which the runtime has no kernel, take the figure of fp32; ``--in-slices`` takes another); ``whole`` is the same of
+ours where none is. ``bound`` is the time that no cache and no scheduler can beat on these curves (Belady's bytes, all
+resources always busy); its share of ours is 100 % where nothing is left to gain, and ``most possible x`` is the best
+rival over it.
 
 Without ``--seed`` the synthetic traces are those that our rules were written beside, and the recorded ones were looked
 at too; ``--seed`` draws other synthetic ones, and leaves the recorded out. Those are read from the folder that
@@ -42,18 +44,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from edgeflex.runtimes.curves import Curve, Curves
+from edgeflex.runtimes.division import cpu_in_slices, slices_of
 from edgeflex.runtimes.strategies import BASELINES, Machine, Strategy
 from edgeflex.runtimes.synthetic import TRACE_KINDS, Routing, synthetic_trace
 from edgeflex.runtimes.tier_bounds import time_bound_s
 from edgeflex.runtimes.trace import Trace, read_trace
 from edgeflex.runtimes.virtual import choose_strategy, first_judged_step, judged_part, popular, run_virtual
+from edgeflex.schema import Precision
 from tests.builders import data_folder
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 INT4_BYTES = 4_500_000
 BITS_INT4 = 4.5
 PART_S = 8e-6  # what a second launch costs where an expert is divided
-SLICES = 11  # in which experts lie; those of the decoders that these traces are like lie in 11 to 16
+# inner columns of the experts of Mixtral-8x7B, DeepSeek-V2-Lite, Qwen3-30B-A3B and Qwen3-Next-80B, which have as many
+# experts as the synthetic traces; they say in how many slices one lies
+INNER = {8: 14336, 64: 1408, 128: 768, 512: 512}
 
 
 class Board(NamedTuple):
@@ -78,8 +84,9 @@ BOARDS = {
 }
 
 
-def machine_of(board: Board, expert_bytes: int, bits: float) -> Machine:
+def machine_of(board: Board, expert_bytes: int, bits: float, inner: int, in_slices: float | None) -> Machine:
     """Return curves by roofline: a launch, then the slower of reading the weights and computing the rows."""
+    measured = cpu_in_slices(Precision.INT4_GROUP32 if bits == BITS_INT4 else Precision.FP32)
     ops = 2 * expert_bytes * 8 / bits
 
     def curve(launch_s: float, bytes_per_s: float, ops_per_s: float) -> Curve:
@@ -97,16 +104,18 @@ def machine_of(board: Board, expert_bytes: int, bits: float) -> Machine:
         link_latency_s=8e-6,
         cpu_beside_link=board.cpu_beside_link,
         link_beside_cpu=board.link_beside_cpu,
+        cpu_in_slices=measured if in_slices is None else in_slices,
     )
-    return Machine(curves, Curve(((1, board.dense_s), (64, 2 * board.dense_s))), part_s=PART_S, slices=SLICES)
+    return Machine(curves, Curve(((1, board.dense_s), (64, 2 * board.dense_s))), part_s=PART_S, slices=slices_of(inner))
 
 
 class Case(NamedTuple):
-    """A trace with its name and the bits of its experts."""
+    """A trace with its name, and bits and inner columns of its experts."""
 
     name: str
     trace: Trace
     bits: float
+    inner: int
 
 
 def cases(*, quick: bool, seed: int) -> list[Case]:
@@ -120,12 +129,15 @@ def cases(*, quick: bool, seed: int) -> list[Case]:
             bits = 16.0 if (number + experts) % 3 == 2 else BITS_INT4
             size = int(INT4_BYTES * bits / BITS_INT4)
             trace = synthetic_trace(kind, Routing(layers, experts, top_k, tokens, 0, size), seed=10 * seed + number)
-            found.append(Case(f"{kind} {experts}/{top_k} {'bf16' if bits == 16.0 else 'int4'}", trace, bits))
+            found.append(
+                Case(f"{kind} {experts}/{top_k} {'bf16' if bits == 16.0 else 'int4'}", trace, bits, INNER[experts])
+            )
     folder = None if seed else data_folder()
-    for name, model in () if seed else (("qwen", "Qwen3-30B-A3B 128/6"), ("gptoss", "gpt-oss-120b 128/2")):
+    recorded = (("qwen", "Qwen3-30B-A3B 128/6", 768), ("gptoss", "gpt-oss-120b 128/2", 2880))
+    for name, model, inner in () if seed else recorded:
         path = folder / "moe-traces" / f"{name}.route.csv" if folder else None
         if path and path.is_file():
-            found.append(Case(f"recorded {model}", read_trace(path), BITS_INT4))
+            found.append(Case(f"recorded {model}", read_trace(path), BITS_INT4, inner))
         else:
             print(f"recorded trace {name}: not there, left out")
     return found
@@ -150,10 +162,10 @@ class Cell(NamedTuple):
         return min(self.rivals.values()) / self.ours
 
 
-def cell_of(board: str, case: Case, budget: float) -> Cell:
+def cell_of(board: str, case: Case, budget: float, in_slices: float | None) -> Cell:
     trace = case.trace
     sizes = trace.sizes()
-    machine = machine_of(BOARDS[board], int(sizes.max()), case.bits)
+    machine = machine_of(BOARDS[board], int(sizes.max()), case.bits, case.inner, in_slices)
     vram_bytes = int(budget * sizes.sum())
     first = first_judged_step(trace)
     order = popular(trace, first)
@@ -217,13 +229,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens and budgets")
     parser.add_argument("--each", action="store_true", help="print every cell")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic traces; above 0 leaves the recorded out")
+    parser.add_argument("--in-slices", type=float, help="how much longer the CPU takes over slices; default: measured")
     asked = parser.parse_args()
     budgets = (0.1, 0.3, 0.6) if asked.quick else BUDGETS
     traces = cases(quick=asked.quick, seed=asked.seed)
     print(f"seed {asked.seed}: " + ("traces that no rule was written beside" if asked.seed else "traces known before"))
+    taken = {bits: machine_of(BOARDS["laptop, PCIe x8"], 1, bits, 768, asked.in_slices) for bits in (BITS_INT4, 16.0)}
+    factors = ", ".join(f"{machine.curves.cpu_in_slices:.3f} in {bits:g} bits" for bits, machine in taken.items())
+    print(f"the CPU's seconds over experts in slices, over those of whole ones: {factors}")
     cells = []
     for board in BOARDS:
-        cells += [cell_of(board, case, budget) for case in traces for budget in budgets]
+        cells += [cell_of(board, case, budget, asked.in_slices) for case in traces for budget in budgets]
     header = ["", *(f"x {name}" for name in BASELINES), "x best", "worst cell", "bound / ours", "most possible x"]
     header += ["whole", "worst"]
     if asked.each:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgeflex.errors import InputError
 from edgeflex.runtimes.curves import Curve, Curves
+from edgeflex.runtimes.division import cpu_in_slices
 from edgeflex.runtimes.strategies import BASELINES, Machine, Strategy
 from edgeflex.runtimes.tier_bounds import time_bound_s
 from edgeflex.runtimes.virtual import choose_strategy, first_judged_step, judged_part, popular, run_virtual
@@ -36,7 +37,7 @@ _REACHED = {"slow": 0.6, "likely": 0.8, "fast": 0.95}  # of a data sheet's rate
 _LEAST_SPREAD = 0.05
 _LAUNCH = {"slow": 2.0, "likely": 1.0, "fast": 0.5}
 _GPU_LAUNCH_S, _CPU_LAUNCH_S, _COPY_LATENCY_S, _DENSE_LAUNCH_S = 6e-6, 8e-6, 8e-6, 30e-6
-_SLICES = 8  # a trace does not say the experts' inner dimension; most are multiples of 256
+_SLICES = 6  # a trace does not say the experts' inner dimension; most have 768 columns or more
 _CPU_OPS_PER_BYTE = 16.0  # about 1e12 operations where RAM gives 60 GB/s
 
 
@@ -49,12 +50,14 @@ class ExpertShape:
         macs: Multiply-accumulates of one row: its number of weights.
         dense_bytes: Weights of a layer's other part, which lie on the GPU.
         slices: In which it lies in RAM (see ``division``); 1: it is never divided.
+        cpu_in_slices: See ``Curves``.
     """
 
     size_bytes: int
     macs: int
     dense_bytes: int = 0
     slices: int = 1
+    cpu_in_slices: float = 1.0
 
 
 class _Rates(NamedTuple):
@@ -102,6 +105,7 @@ def curves_of(
         disk_bytes_per_s=rates.disk,
         cpu_beside_link=cpu_factor,
         link_beside_cpu=link_factor,
+        cpu_in_slices=shape.cpu_in_slices,
     )
     dense_s = _DENSE_LAUNCH_S * launch + shape.dense_bytes / rates.gpu
     # weights of a few bits, two operations a multiply-accumulate, 16 operations a byte at the least
@@ -149,7 +153,8 @@ def simulate_device(
     known = trace.sizes() if sizes is None else sizes
     ram = int(known.sum()) if ram_bytes is None else ram_bytes
     largest = int(known.max())
-    shape = ExpertShape(largest, round(largest * 8 / _stored_bits(precision)), dense_bytes, _SLICES)
+    slower = cpu_in_slices(precision)
+    shape = ExpertShape(largest, round(largest * 8 / _stored_bits(precision)), dense_bytes, _SLICES, slower)
 
     def machine(end: End) -> Machine:
         return curves_of(
@@ -270,7 +275,7 @@ def _rates(device: DeviceProfile, end: End, ram: float | None, link: float | Non
 
 def _assumptions() -> tuple[str, ...]:
     low, likely, high = (f"{_REACHED[end]:.0%}" for end in ("slow", "likely", "fast"))
-    gpu, cpu, layer = (f"{1e6 * each:.0f} us" for each in (_GPU_LAUNCH_S, _CPU_LAUNCH_S, _DENSE_LAUNCH_S))
+    gpu, cpu, layer = (f"{1e6 * each:.0f} µs" for each in (_GPU_LAUNCH_S, _CPU_LAUNCH_S, _DENSE_LAUNCH_S))
     return (
         f"Of a data sheet's rate {likely} is reached, {low} to {high}.",
         "CPU and copies share the rate of RAM, where no profile says what they lose beside each other.",

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from edgeflex.profiles.overlap import slowdown
-from edgeflex.runtimes.cuda_slices import first_slices, rest_of
+from edgeflex.runtimes.cuda_slices import first_slices, rest_of, sliced
 from edgeflex.runtimes.cuda_streams import explained
 from edgeflex.runtimes.cuda_weights import run_expert
 from edgeflex.runtimes.curves import Curve, Curves
 from edgeflex.runtimes.movers import takes_direct
 from edgeflex.runtimes.pages import private_pages
+from edgeflex.runtimes.sliced_rates import WALKED_BYTES, time_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,6 +38,7 @@ _ROWS = (1, 4, 16, 64)
 _REPEATS = 5
 _MOST_COPIES = 64  # in a row, beside one expert of the processor
 _READS = 5
+_ROUNDS = 5  # of whole experts beside the same in slices
 
 
 @explained("measuring what experts cost on the device failed")
@@ -43,6 +46,7 @@ _READS = 5
 def measure_curves(
     streams: Streams,
     host: HostExperts,
+    stored: Mapping[Key, Kind],
     kinds: Mapping[Key, Kind],
     dtype: torch.dtype,
     *,
@@ -57,7 +61,9 @@ def measure_curves(
     Args:
         streams: The device.
         host: Computes with the processor.
-        kinds: Of all experts; one of each precision is measured.
+        stored: Kinds of all experts as their files are.
+        kinds: As they may lie, which is what is measured, one of each precision; where that is in slices, the
+            processor's are those of whole ones by ``cpu_in_slices``.
         dtype: The device's products run in it.
         progress: Told about it.
         clock: Seconds, rising.
@@ -87,7 +93,7 @@ def measure_curves(
         advance(1)
     gpu, cpu = found[largest.down.precision.value]
     whole_s = statistics.median(copies_s)
-    return Curves(
+    curves = Curves(
         gpu=gpu,
         cpu=cpu,
         link_bytes_per_s=largest.size_bytes / max(whole_s - latency_s, 1e-9),
@@ -96,6 +102,10 @@ def measure_curves(
         link_beside_cpu=slowdown(copies_s, beside_s, "a copy beside an expert of the processor").value,
         kinds=found,
     )
+    if kinds == stored:
+        return curves
+    factor = measure_in_slices(host, stored, clock=clock)
+    return replace(curves.scaled(cpu=1.0 / factor), cpu_in_slices=factor)
 
 
 @explained("measuring what parts of experts cost on the device failed")
@@ -118,12 +128,13 @@ def measure_part_s(
         host: Computes with the processor.
         kinds: Of all experts, in slices; the largest that is sliced is measured.
         dtype: The device's products run in it.
-        curves: Of whole experts.
+        curves: Of whole experts, and what slices cost the processor.
         clock: Seconds, rising.
 
     Raises:
         DeviceError: The device failed.
     """
+    laid = curves.in_slices()
     kind = max((one for one in kinds.values() if one.down.slices > 1), key=lambda one: one.size_bytes)
     count, name = kind.down.slices // 2, kind.down.precision.value
     share = count / kind.down.slices
@@ -140,9 +151,24 @@ def measure_part_s(
         streams.synchronize()
         device_s.append(streams.between(begin, end))
     taken_s = _computed(host, rest, memory, clock, _REPEATS + 1)
-    on_device = statistics.median(device_s[1:]) - share * curves.gpu_s(1, name)
-    on_host = statistics.median(taken_s[1:]) - (1.0 - share) * curves.cpu_s(1, name) + statistics.median(asked_s[1:])
+    on_device = statistics.median(device_s[1:]) - share * laid.gpu_s(1, name)
+    on_host = statistics.median(taken_s[1:]) - (1.0 - share) * laid.cpu_s(1, name) + statistics.median(asked_s[1:])
     return max(0.0, on_device, on_host)
+
+
+def measure_in_slices(
+    host: HostExperts, stored: Mapping[Key, Kind], *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return how much longer the processor takes over experts in slices than over whole ones.
+
+    Args:
+        host: Computes with the processor.
+        stored: Kinds of all experts as their files are; the largest that can be sliced is measured.
+        clock: Seconds, rising.
+    """
+    kind = max((one for one in stored.values() if sliced(one) != one), key=lambda one: one.size_bytes)
+    walked_bytes = min(WALKED_BYTES, sum(one.size_bytes for one in stored.values()))
+    return time_slices(host, kind, walked_bytes=walked_bytes, rounds=_ROUNDS, clock=clock).in_slices.value
 
 
 def disk_rate(

@@ -103,14 +103,14 @@ def open_device(
     engine = DeviceEngine(folder, manifest, stored, device, processor, dtype=dtype, clock=clock, **sizes)
     try:
         engine.load()
-        known = curves or measure_curves(device, processor, kinds, dtype, progress=progress, clock=clock)
+        known = curves or measure_curves(device, processor, stored, kinds, dtype, progress=progress, clock=clock)
         if curves is None:
             known = replace(known, disk_bytes_per_s=disk_rate(store, mover, clock=clock))
         dividing = None
         if staged:
             launch_s = measure_part_s(device, processor, kinds, dtype, known, clock=clock) if part_s is None else part_s
             if _pays(known, launch_s, kinds):
-                dividing = Dividing(launch_s, staged, stored)
+                known, dividing = known.in_slices(), Dividing(launch_s, staged, stored)
                 engine.lay(kinds)
             else:
                 tiers, staged = _tiers(store, fixed, manifest, request, device, divides=False)

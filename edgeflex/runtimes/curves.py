@@ -114,6 +114,8 @@ class Curves:
         cpu_start_s: What it costs once per event that anything is computed on the CPU: activations there and back,
             and the synchronisation. Counts as work of the CPU.
         kinds: (gpu, cpu) curves by kind of expert, where they differ (bit-width, shape); others take the two above.
+        cpu_in_slices: How much longer the CPU takes over experts that lie in slices (see ``division``) than over whole
+            ones, which the curves are of; less than 1 where it reads them quicker.
 
     Raises:
         InputError: A rate, latency or factor is out of range.
@@ -129,6 +131,7 @@ class Curves:
     link_beside_cpu: float = 1.0
     cpu_start_s: float = 0.0
     kinds: Mapping[str, tuple[Curve, Curve]] = field(default_factory=dict)
+    cpu_in_slices: float = 1.0
 
     def __post_init__(self) -> None:
         faults = [
@@ -147,6 +150,8 @@ class Curves:
             )
             if not least <= getattr(self, name) < math.inf
         ]
+        if not 0 < self.cpu_in_slices < math.inf:
+            faults.append(f"cpu_in_slices is {self.cpu_in_slices}; it must be finite and positive")
         if faults:
             raise InputError.collect("cost curves", faults)
 
@@ -165,6 +170,12 @@ class Curves:
     def disk_s(self, size_bytes: int) -> float:
         """Return seconds of one read from flash."""
         return self.disk_latency_s + size_bytes / self.disk_bytes_per_s
+
+    def in_slices(self) -> Curves:
+        """Return the costs of the same experts where they lie in slices."""
+        factor = self.cpu_in_slices
+        kinds = {kind: (on_gpu, on_cpu.scaled(factor)) for kind, (on_gpu, on_cpu) in self.kinds.items()}
+        return replace(self, cpu=self.cpu.scaled(factor), kinds=kinds, cpu_in_slices=1.0)
 
     def scaled(self, *, gpu: float = 1.0, cpu: float = 1.0, link: float = 1.0, disk: float = 1.0) -> Curves:
         """Return the same machine with each resource's seconds multiplied by a factor."""

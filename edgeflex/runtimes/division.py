@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from edgeflex.runtimes.ahead_time import event_time
 from edgeflex.runtimes.schedule import Scheduler
 from edgeflex.runtimes.timeline import Active, cost_of
+from edgeflex.schema import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from edgeflex.runtimes.timeline import Cost, Key, Schedule
 
 __all__ = [
+    "CPU_IN_SLICES",
     "HEAD_SHARE",
-    "SLICED_CPU",
     "SLICES",
     "Divider",
     "Division",
     "copied_share",
+    "cpu_in_slices",
     "pays",
     "slices_of",
     "staged_bytes",
@@ -41,11 +43,16 @@ __all__ = [
 
 SLICES = 16  # that a record lies in, at most
 GROUP = 32  # inner columns that a slice is a multiple of: four bits share a scale over so many
+LEAST_COLUMNS = 128  # of a slice: of fewer the CPU's kernel reads too short pieces, and takes up to a fifth longer
 HEAD_SHARE = 1 / 256  # of a record, at most, what every share needs beside its slices (scales of down in int8)
-# How much longer the kernels of the CPU take over slices, which they read in shorter pieces: on one core nothing in
-# int8 and 9 % in int4, less where the rate of memory limits. A run measures slices with its curves; a simulation takes
-# this.
-SLICED_CPU = 1.03
+# How much longer the CPU's kernels take over an expert in slices than over a whole one, as measured by
+# benchmarks/sliced_experts.py: means over the experts of six decoders, read from memory by an AMD EPYC of 2024 (Zen 5,
+# AVX-512); the larger of those with one thread and with two. For simulations; a run measures its own machine.
+CPU_IN_SLICES: Mapping[Precision, float] = {
+    Precision.FP32: 1.033,
+    Precision.INT8_DYNAMIC: 1.050,
+    Precision.INT4_GROUP32: 1.032,
+}
 _LACKING = (1, 2, 3, 4)  # experts that an event of decoding lacks, mostly
 _SAME = 1e-9
 
@@ -53,7 +60,18 @@ _SAME = 1e-9
 def slices_of(inner: int) -> int:
     """Return how many equal slices an expert of ``inner`` columns lies in; 1: it stays whole."""
     groups, rest = divmod(inner, GROUP)
-    return 1 if rest else max(count for count in range(1, SLICES + 1) if groups % count == 0)
+    most = max(1, min(SLICES, inner // LEAST_COLUMNS))
+    return 1 if rest else max(count for count in range(1, most + 1) if groups % count == 0)
+
+
+def cpu_in_slices(precision: Precision) -> float:
+    """Return how much longer a CPU takes over experts in slices where none was measured; see ``Curves``.
+
+    Args:
+        precision: Of the experts; one that was not measured is taken for the one of as many bits, or for floats.
+    """
+    like = {8: Precision.INT8_DYNAMIC, 4: Precision.INT4_GROUP32}.get(precision.bits, Precision.FP32)
+    return CPU_IN_SLICES[like]
 
 
 def copied_share(share: float) -> float:
@@ -82,20 +100,20 @@ def pays(curves: Curves, part_s: float, *, size_bytes: int, slices: int) -> bool
     """Return whether events that lack a few experts end earlier with one divided, though slices slow the CPU.
 
     Args:
-        curves: Of experts in slices.
+        curves: Of whole experts.
         part_s: As of ``Divider``.
         size_bytes: Of an expert.
         slices: In which it lies.
     """
     if slices == 1 or part_s == inf:
         return False
-    whole, divider = curves.scaled(cpu=1.0 / SLICED_CPU), Divider(curves, part_s, lambda _: slices)
-    gained_s = 0.0
+    laid = curves.in_slices()
+    divider, gained_s = Divider(laid, part_s, lambda _: slices), 0.0
     for count in _LACKING:
         active = [Active((0, number), 1, size_bytes, "ram") for number in range(count)]
-        costs = {one.key: cost_of(one, curves) for one in active}
-        plan, _ = divider.divide(Scheduler(curves).schedule(active), active, costs)
-        gained_s += Scheduler(whole).schedule(active).span_s - plan.span_s
+        costs = {one.key: cost_of(one, laid) for one in active}
+        plan, _ = divider.divide(Scheduler(laid).schedule(active), active, costs)
+        gained_s += Scheduler(curves).schedule(active).span_s - plan.span_s
     return gained_s > 0.0
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from edgeflex.errors import InputError
 from edgeflex.runtimes.ahead_time import EventTime, Worth, event_time
 from edgeflex.runtimes.curves import Curve, Curves
-from edgeflex.runtimes.division import SLICED_CPU, SLICES, Divider, pays, staged_bytes
+from edgeflex.runtimes.division import SLICES, Divider, pays, staged_bytes
 from edgeflex.runtimes.reuse import ReusePolicy
 from edgeflex.runtimes.schedule import Scheduler, all_upload, fiddler, hybrimoe, static
 from edgeflex.runtimes.tiers import AheadCache, TieredCache, part_weights
@@ -541,7 +541,7 @@ class Setup:
     @cached_property
     def _staged_bytes(self) -> int:
         """What ours takes off residents for shares of experts."""
-        largest, on = int(self.sizes.max()), self._slicing()
+        largest, on = int(self.sizes.max()), self.machine
         of = {"total_bytes": int(self.sizes.sum()), "largest_bytes": largest}
         found = staged_bytes(self.vram_bytes, self.ram_bytes, **of, exclusive=self.exclusive)
         return found if found and pays(on.curves, on.part_s, size_bytes=largest, slices=on.slices) else 0
@@ -562,13 +562,9 @@ class Setup:
                 caches[layer] = self._tiers(slots * slot_bytes, policy, of)
         return _LayerHost(self.machine, self.sizes, rule, caches, all_in_ram=True)
 
-    def _slicing(self) -> Machine:
-        """Return the machine with kernels that take experts in slices."""
-        return replace(self.machine, curves=self.machine.curves.scaled(cpu=SLICED_CPU))
-
     def _ours(self, strategy: Strategy) -> Host:
         staged = self._staged_bytes
-        machine = self._slicing() if staged else self.machine
+        machine = replace(self.machine, curves=self.machine.curves.in_slices()) if staged else self.machine
         scheduler = Scheduler(machine.curves)
 
         def rule(active: Sequence[Active], curves: Curves, decoding: bool) -> Schedule:

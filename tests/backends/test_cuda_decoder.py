@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import weakref
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -35,6 +34,7 @@ from edgeflex.runtimes.native import RawExperts, RawMatrix
 from edgeflex.runtimes.tiers import tier_replay
 from edgeflex.schema import Precision
 from edgeflex.transforms.decoder_weights import dequantize, quantize_matrix
+from tests.device_streams import CountingStreams
 from tests.engine_samples import (
     ALL,
     CUDA,
@@ -302,52 +302,9 @@ def test_predictions_are_kept_beside_what_was_measured(bundle):
     assert sum(done.errors[one].samples for one in ("gpu", "cpu", "link")) > 0
 
 
-class Counting(HostStreams):
-    """Counts the device's bytes that are held, and refuses or fails where a test says so."""
-
-    def __init__(self, refused: int = -1, failing: int = -1, lost: int = -1) -> None:
-        super().__init__()
-        self.refused, self.failing, self.lost = refused, failing, lost
-        self.taken, self.copied, self.passed = count(), count(), count()
-        self.held_bytes = self.most_bytes = 0
-        self.closed = False
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if next(self.taken) == self.refused:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
-        found = super().empty(shape, dtype)
-        self.held_bytes += found.nbytes
-        self.most_bytes = max(self.most_bytes, self.held_bytes)
-        weakref.finalize(found, self._given_back, found.nbytes)
-        return found
-
-    def peak_bytes(self) -> int:  # type: ignore[override]
-        return self.most_bytes
-
-    def _given_back(self, size_bytes: int) -> None:
-        self.held_bytes -= size_bytes
-
-    def upload(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[float, float]:
-        if next(self.copied) == self.failing:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
-        return super().upload(target, source, after)
-
-    def stamp(self) -> float:
-        if self.lost >= 0 and next(self.passed) >= self.lost:
-            raise RuntimeError("CUDA error: unspecified launch failure")
-        return super().stamp()
-
-    def synchronize(self) -> None:
-        if self.lost >= 0 and next(self.passed) >= self.lost:
-            raise RuntimeError("CUDA error: unspecified launch failure")
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_the_device_holds_no_more_than_was_planned(bundle, expected):
     for tiers in tiers_of(bundle)[:7]:
-        streams = Counting()
+        streams = CountingStreams()
         chosen = settings(bundle, tiers, parts={"streams": streams})
         with DecoderSession.from_bundle(bundle, chosen) as session:
             assert list(session.generate(PROMPT, NEW)) == expected
@@ -363,11 +320,11 @@ def test_the_device_holds_no_more_than_was_planned(bundle, expected):
 
 
 def test_an_allocation_refused_anywhere_leaves_nothing_behind(bundle):
-    probe = Counting()
+    probe = CountingStreams()
     with DecoderSession.from_bundle(bundle, settings(bundle, tiers_of(bundle)[2], parts={"streams": probe})):
         pass
     for refused in range(next(probe.taken)):
-        streams = Counting(refused)
+        streams = CountingStreams(refused)
         chosen = settings(bundle, tiers_of(bundle)[2], parts={"streams": streams})
         with pytest.raises(DeviceError, match="out of memory"), DecoderSession.from_bundle(bundle, chosen):
             pass
@@ -377,7 +334,7 @@ def test_an_allocation_refused_anywhere_leaves_nothing_behind(bundle):
 
 @pytest.mark.parametrize("failing", [0, 3, 11])
 def test_a_failed_copy_is_told_and_the_session_lives_on(bundle, expected, failing):
-    streams = Counting(failing=failing)
+    streams = CountingStreams(failing=failing)
     chosen = settings(bundle, (2 * expert_sizes(bundle)[0], ALL), parts={"streams": streams}, device_rule="upload")
     with DecoderSession.from_bundle(bundle, chosen) as session:
         said: list[int] = []
@@ -402,7 +359,7 @@ def said_into(said: list[int]) -> Any:
 
 def test_a_lost_device_says_so_each_time_and_never_a_wrong_token(bundle, expected):
     for lost in (0, 5, 40):
-        streams = Counting(lost=lost)
+        streams = CountingStreams(lost=lost)
         chosen = settings(bundle, tiers_of(bundle)[0], parts={"streams": streams})
         with DecoderSession.from_bundle(bundle, chosen) as session:
             for _ in range(2):

@@ -19,6 +19,7 @@ from edgeflex.plans.decoder_gpu_search import RESIDENT, SERVINGS, crossing
 from edgeflex.profiles import load
 from edgeflex.profiles.cuda import CudaFacts
 from edgeflex.runtimes import synthetic
+from edgeflex.runtimes.division import cpu_in_slices
 from edgeflex.runtimes.strategies import Strategy
 from edgeflex.runtimes.virtual import first_judged_step, popular, run_virtual
 from edgeflex.schema import ComputeRate, DeviceProfile, Link, StorageRead, Tier, TierSpec
@@ -133,6 +134,20 @@ def beside_bytes(device):
     """Return what the GPU holds without experts."""
     everything = plan_of(device, vram_bytes=1 << 33)
     return everything.gpu.memory.total_bytes - everything.gpu.vram_cache_bytes
+
+
+# --- its curves --------------------------------------------------------------------------------------------
+
+
+def test_what_slices_cost_the_processor_is_the_mean_over_the_experts_precisions_by_their_use():
+    device = device_of()
+    sizes = sizes_of(device.graph, INT4)
+    assert device._machine(sizes, "likely").curves.cpu_in_slices == cpu_in_slices(INT4)
+    sizes[0] = slot_bytes(INT8, PAIR)
+    share = device.uses[0].sum() / device.uses.sum()
+    expected = share * cpu_in_slices(INT8) + (1.0 - share) * cpu_in_slices(INT4)
+    assert device._machine(sizes, "slow").curves.cpu_in_slices == pytest.approx(expected)
+    assert 0.0 < share < 1.0
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from edgeflex.errors import InputError
@@ -40,6 +42,7 @@ def test_an_expert_takes_its_launch_and_the_longer_of_bytes_and_operations():
     assert curves.link_s(4_500_000) == pytest.approx(8e-6 + 187.5e-6)
     # 84 GB/s are asked of 60
     assert curves.cpu_beside_link == pytest.approx(1.4)
+    assert curves_of(device(), replace(SHAPE, cpu_in_slices=1.1)).curves.in_slices().cpu_s(1) == 1.1 * curves.cpu_s(1)
 
 
 def test_a_data_sheets_rate_is_not_reached_and_a_measured_one_is_within_its_spread():

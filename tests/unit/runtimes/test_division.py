@@ -58,12 +58,12 @@ def test_an_expert_is_divided_between_its_slices_only():
         assert (None if division is None else division.share) == share
 
 
-def test_slices_are_equal_whole_groups_of_inner_columns_and_sixteen_at_most():
+def test_slices_are_equal_whole_groups_of_inner_columns_sixteen_at_most_and_none_narrow():
     for inner in range(16, 2049, 16):
         count = slices_of(inner)
         assert 1 <= count <= SLICES
-        assert count == 1 or inner % (32 * count) == 0
-        assert not any(inner % (32 * more) == 0 for more in range(count + 1, SLICES + 1))
+        assert count == 1 or (inner % (32 * count) == 0 and inner // count >= 128)
+        assert not any(inner % (32 * more) == 0 and inner // more >= 128 for more in range(count + 1, SLICES + 1))
 
 
 def test_a_copy_of_a_share_is_a_little_more_than_its_part_of_the_record():
@@ -205,6 +205,24 @@ def test_nothing_is_divided_on_a_machine_where_slices_cost_the_processor_more_th
     for strategy in (Strategy("ours", horizon=8.0), Strategy("ours", static=True)):
         whole, apart = (seconds(trace, strategy, machine(1e9, part_s)) for part_s in (math.inf, 8e-6))
         assert whole == apart
+
+
+def slow_in_slices(factor: float) -> Machine:
+    on = machine()
+    return dataclasses.replace(on, curves=dataclasses.replace(on.curves, cpu_in_slices=factor))
+
+
+def test_what_slices_cost_the_processor_decides_whether_experts_lie_in_them_and_is_paid_by_every_event():
+    trace = synthetic_trace("zipf", Routing(12, 8, 2, 64))
+    for strategy in (Strategy("ours", horizon=8.0), Strategy("ours", static=True)):
+        whole = seconds(trace, strategy, machine(part_s=math.inf)).mean_s
+        found = [seconds(trace, strategy, slow_in_slices(factor)).mean_s for factor in (0.9, 1.0, 1.05, 1.5)]
+        assert found[0] < found[1] < found[2] < whole == found[3]
+    for factor, expected in ((1.0, True), (1.05, True), (1.5, False)):
+        curves = slow_in_slices(factor).curves
+        assert pays(curves, 8e-6, size_bytes=4_500_000, slices=8) is expected
+    for name in BASELINES:  # which know whole experts only
+        assert seconds(trace, Strategy(name), slow_in_slices(1.5)) == seconds(trace, Strategy(name), machine())
 
 
 def changed(kind, after):
