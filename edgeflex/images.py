@@ -198,7 +198,16 @@ class ImageFolder:
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"image {name!r} cannot be decoded: {error}. Replace or remove it.") from None
+        return _of_eight_bits(image)
+
+
+def _of_eight_bits(image: Image) -> Image:
+    """Return grey of 16 bits by its upper 8, as colour of 16 bits is read; converted, all but black would be white."""
+    from PIL.Image import fromarray
+
+    if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
+    return fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def open_images(path: Path) -> ImageFolder:
@@ -218,6 +227,7 @@ def open_images(path: Path) -> ImageFolder:
         raise InputError(f"images {str(path)!r} cannot be read: {error}. Give a directory or a zip.") from None
     faults = [f"entry {name!r} reaches outside the archive" for name in names if _escapes(name)]
     images = [name for name in names if _is_image(name) and not _escapes(name)]
+    faults += [f"the name {_shown(name)!r} is not UTF-8; rename it" for name in images if _shown(name) != name]
     prefix = _common_top(images)
     faults += _layout_faults([name[len(prefix) :] for name in images])
     _refuse(path, faults)
@@ -265,6 +275,11 @@ def _escapes(name: str) -> bool:
     return parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]
 
 
+def _shown(name: str) -> str:
+    """Return a name as it can be written: what the system gave as bytes of no text stands as question marks."""
+    return name.encode("utf-8", errors="replace").decode()
+
+
 def _is_image(name: str) -> bool:
     parts = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts.parts)
@@ -283,7 +298,10 @@ def _layout_faults(names: Sequence[str]) -> list[str]:
     if not names:
         return ["no image found; class/NAME.jpg, .jpeg, .png or .bmp is expected"]
     wrong = [name for name in names if name.count("/") != 1]
-    return [f"{name!r} does not lie as class/NAME" for name in wrong[:_MOST_FAULTS]]
+    if len(wrong) == len(names) and all(name.count("/") == 2 for name in names):
+        tops = ", ".join(repr(_shown(top)) for top in sorted({name.split("/")[0] for name in names})[:_MOST_FAULTS])
+        return [f"its images lie one folder deeper than class/NAME, below {tops}; give one of these folders"]
+    return [f"{name!r} does not lie as class/NAME" for name in wrong]
 
 
 def _class_faults(classes: Sequence[str], items: Sequence[ImageItem]) -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass, field
+from tokenize import TokenError
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 _POINTER = "state.json"
 _UNIFORM, _VARIANT = "u:", "v:"
+# What NumPy and its zip raise on a damaged file, whichever byte it is.
+_NO_ARRAYS = (
+    *(ValueError, OSError, EOFError, KeyError, SyntaxError, TokenError, MemoryError),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
 
 
 class ShelfFile(NamedTuple):
@@ -218,7 +226,7 @@ def load(path: Path, digest: str | None = None) -> dict[str, NDArray[np.generic]
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except _NO_ARRAYS as error:
         raise damaged(path, error) from None
 
 

@@ -249,7 +249,7 @@ def plan_notes(profile: DeviceProfile, backend: str, precisions: Iterable[Precis
     notes = []
     if engine_of(backend) == "gpu":
         notes.append(
-            f"times are the roofline of {profile.name!r} (rates, memory bandwidth, {LAUNCH_S * 1e6:.0f} us a launch), "
+            f"times are the roofline of {profile.name!r} (rates, memory bandwidth, {LAUNCH_S * 1e6:.0f} µs a launch), "
             "not measurements; small layers are slower than their share of the peak. Run edgeflex bench on the device"
         )
         notes.append(

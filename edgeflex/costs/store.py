@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence  # noqa: TC003 - pydantic resolves it
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,8 @@ _FILES = (
     "table.json",
 )
 TRIAL = "trial.npy"
+# What NumPy raises on a damaged file: its header is Python's source, and its shape says how much memory is asked for.
+_NO_ARRAY = (ValueError, OSError, EOFError, SyntaxError, TokenError, MemoryError)
 SHARES = {"choose": 0.4, "certify": 0.4, "test": 0.2}
 CANDIDATE_ROLE = "candidate"
 
@@ -106,14 +109,14 @@ def _map_array(path: Path) -> NDArray[Any]:
         read_bytes(path, "calibration file")  # says what is wrong with the path
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except _NO_ARRAY as error:
         raise _damaged(path, error) from None
 
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
         return np.lib.format.read_array(io.BytesIO(read_bytes(path, "calibration file")), allow_pickle=False)
-    except ValueError as error:
+    except _NO_ARRAY as error:
         raise _damaged(path, error) from None
 
 

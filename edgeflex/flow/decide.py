@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InfeasibleError, InputError
-from edgeflex.files import read_bytes
+from edgeflex.files import StrPath, path_of, read_bytes
 from edgeflex.schema import (
     Budget,
     Candidates,
@@ -32,16 +32,32 @@ if TYPE_CHECKING:
     from edgeflex.plans.choose import Pick
 
 
-def open_calibration(folder: Path) -> tuple[Calibration, ModelGraph, DeviceProfile, CostTable, Candidates]:
+def parse_calibrated(kind: Any, folder: Path, name: str) -> Any:
+    """Return the document ``name`` of a calibration.
+
+    Raises:
+        InputError: It is missing or not of its kind; the message says how to get one that is.
+    """
+    try:
+        return kind.parse(read_bytes(folder / name, "calibration file"), str(folder / name))
+    except InputError as error:
+        raise InputError(
+            f"the calibration in {str(folder)!r} is damaged, or of another version of edgeflex. Run the same edgeflex "
+            f"calibrate again, with --overwrite if that is refused. {error}"
+        ) from None
+
+
+def open_calibration(folder: StrPath) -> tuple[Calibration, ModelGraph, DeviceProfile, CostTable, Candidates]:
     """Return a finished calibration and its documents."""
     from edgeflex.costs.store import Calibration
 
+    folder = path_of(folder)
     opened = Calibration.open(folder)
     if not opened.has("candidates.json"):
         raise InputError(f"the calibration in {str(folder)!r} is not finished. Run the same edgeflex calibrate again.")
 
     def document(kind: Any, name: str) -> Any:
-        return kind.parse(read_bytes(folder / name, "calibration file"), str(folder / name))
+        return parse_calibrated(kind, folder, name)
 
     graph, device = document(ModelGraph, "graph.json"), document(DeviceProfile, "device.json")
     table, candidates = document(CostTable, "table.json"), document(Candidates, "candidates.json")
@@ -54,11 +70,11 @@ def open_calibration(folder: Path) -> tuple[Calibration, ModelGraph, DeviceProfi
     return opened, graph, device, table, candidates
 
 
-def solve_table(table_file: Path, budget: Budget) -> Solution:
+def solve_table(table_file: StrPath, budget: Budget) -> Solution:
     """Solve a saved cost table by itself and recount the answer."""
     from edgeflex.plans import check, solve
 
-    table = CostTable.parse(read_bytes(table_file, "cost table"), str(table_file))
+    table = CostTable.parse(read_bytes(path_of(table_file), "cost table"), str(table_file))
     solution = solve(table, budget)
     check(table, budget, solution)
     return solution
@@ -69,7 +85,7 @@ def _bare(device: DeviceProfile) -> str:
     return device.model_copy(update={"kernels": ()}).digest()
 
 
-def plan(calibration_folder: Path, budget: Budget, *, device: DeviceProfile | None = None) -> Plan:
+def plan(calibration_folder: StrPath, budget: Budget, *, device: DeviceProfile | None = None) -> Plan:
     """Return the certified plan for a budget; nothing is measured."""
     from edgeflex.costs import assemble
     from edgeflex.costs.latency import plan_notes
@@ -142,7 +158,8 @@ def require_own(planned: Plan, calibration_folder: Path, *, device: DeviceProfil
             f"the plan is for device {planned.device_digest[:12]}, this is {again.device_digest[:12]}. "
             "Pass the --device it was planned with, or plan again."
         )
-    kept = ("name", "scenario", "thresholds", "choices", "exit_shares", "predicted", "memory", "certificate")
+    # all but the proof, which tells how long the search took and may have ended by the clock
+    kept = [name for name in Plan.model_fields if name != "proof"]
     changed = [name for name in kept if getattr(again, name) != getattr(planned, name)]
     if changed:
         raise InputError(
@@ -221,7 +238,7 @@ def _plan_document(
     )
 
 
-def sweep(calibration_folder: Path, budget: Budget, *, chosen: Plan | None = None) -> Curve:
+def sweep(calibration_folder: StrPath, budget: Budget, *, chosen: Plan | None = None) -> Curve:
     """Return the non-dominated measured plans under the other budgets, with baselines beside them."""
     from edgeflex.plans import choose
 

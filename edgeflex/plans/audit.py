@@ -58,8 +58,14 @@ def footprint(table: CostTable, scenario_index: int, choices: Sequence[Choice]) 
     return _count(table, scenario_index, taken)
 
 
-def shortfalls(counted: Footprint, budget: Budget) -> dict[str, tuple[float, float]]:
-    """Return each limit that ``counted`` breaks: name to (limit, value), in bytes, seconds or a share."""
+def shortfalls(counted: Footprint, budget: Budget, *, rounding: float = _LIMIT) -> dict[str, tuple[float, float]]:
+    """Return each limit that ``counted`` breaks: name to (limit, value), in bytes, seconds or a share.
+
+    Args:
+        counted: What a plan costs.
+        budget: Its limits.
+        rounding: Share of a limit that rounding of sums may add; sizes are whole numbers and get none.
+    """
     rows: list[tuple[str, float, float, bool]] = [
         (tier.budget_name, most, counted.memory_bytes.get(tier, 0), True) for tier, most in budget.memory_bytes.items()
     ]
@@ -73,8 +79,8 @@ def shortfalls(counted: Footprint, budget: Budget) -> dict[str, tuple[float, flo
         rows.append(("max drop", budget.max_drop, counted.loss, False))
     broken: dict[str, tuple[float, float]] = {}
     for name, most, value, whole in rows:
-        rounding = 0.0 if whole else _LIMIT * abs(most) + _TINY
-        if value > most + rounding and (name not in broken or most < broken[name][0]):
+        allowance = 0.0 if whole or not rounding else rounding * abs(most) + _TINY
+        if value > most + allowance and (name not in broken or most < broken[name][0]):
             broken[name] = (float(most), float(value))
     return broken
 
@@ -221,7 +227,9 @@ def _objective(budget: Budget, counted: Footprint) -> float:
 # --- what can be wrong ---------------------------------------------------------------------------------
 
 
-def _broken(table: CostTable, budget: Budget, taken: Mapping[str, Option], counted: Footprint) -> Iterator[str]:
+def _broken(
+    table: CostTable, budget: Budget, taken: Mapping[str, Option], counted: Footprint, *, rounding: float = _LIMIT
+) -> Iterator[str]:
     tied: dict[str, tuple[str, str]] = {}
     for decision in table.decisions:
         if decision.tie is None:
@@ -235,7 +243,7 @@ def _broken(table: CostTable, budget: Budget, taken: Mapping[str, Option], count
         most = len(rule.subjects) if rule.at_most is None else rule.at_most
         if not rule.at_least <= count <= most:
             yield f"{count} decisions take {rule.option!r}; the rule says {rule.at_least} to {most}."
-    for name, (limit, value) in shortfalls(counted, budget).items():
+    for name, (limit, value) in shortfalls(counted, budget, rounding=rounding).items():
         yield f"{name} is {_show(name, value)}, above its limit {_show(name, limit)}."
 
 
@@ -355,7 +363,9 @@ def _cheaper_neighbour(table: CostTable, budget: Budget, solution: Solution) -> 
     for swapped in _swaps(table, taken):
         counted = _count(table, solution.scenario, swapped)
         objective = _objective(budget, counted)
-        if (best is None or objective < best) and not any(_broken(table, budget, swapped, counted)):
+        cheaper = best is None or objective < best
+        # only a plan that keeps every limit to the letter contradicts a bound
+        if cheaper and not any(_broken(table, budget, swapped, counted, rounding=0.0)):
             best = objective
     return best
 

@@ -338,13 +338,22 @@ def latency_intervals(
 
 
 def shifted(reach: Sequence[float], samples: int, by: float) -> tuple[float, ...]:
-    """Return the reach moved by ``by`` times twice its standard error on ``samples`` images.
+    """Return the reach moved to the end of its interval on ``samples`` images: up for ``by`` of 1, down for -1.
 
     A percentile jumps where reach crosses its share; a plan that stands at the edge would break it half the time.
+    The interval is Wilson's (1927) at twice the standard error: percentiles turn on shares that few images make, where
+    the standard error of what was seen is too small. A share below that of one image stands for none (``judge`` in
+    ``costs.policies``); 0 and 1 were fixed by thresholds, not sampled.
     """
-    return tuple(
-        min(1.0, max(0.0, share + by * 2.0 * math.sqrt(share * (1.0 - share) / max(1, samples)))) for share in reach
-    )
+    return tuple(share if share in {0.0, 1.0} else _wilson_end(share, max(1, samples), 2.0 * by) for share in reach)
+
+
+def _wilson_end(share: float, samples: int, errors: float) -> float:
+    least = 1.0 - 0.5 / (samples + 1)  # images: between one and what stands for none
+    seen = share if share * samples > least else 0.0
+    square = errors * errors / samples
+    half = errors * math.sqrt((seen * (1.0 - seen) + square / 4.0) / samples)
+    return min(1.0, max(0.0, (seen + square / 2.0 + half) / (1.0 + square)))
 
 
 def objective_of(predicted: Footprint, budget: Budget) -> float:

@@ -242,7 +242,7 @@ def _reasons(search: Search, found: Found, budget: DecoderBudget) -> tuple[str, 
     share = setting.cache_bytes / max(1, mix.experts_bytes)
     held = (
         f"experts take {format_bytes(mix.experts_bytes)}; the cache holds {format_bytes(setting.cache_bytes)} "
-        f"({format_share(share, 0)}) of them within {limit}"
+        f"({format_share(share, 0)}) of them{'' if budget.memory_bytes is None else f' within {limit}'}"
     )
     cycles = setting.cache_bytes / max(1, mix.cycle_bytes)
     return held, f"one token uses {format_bytes(mix.cycle_bytes)} of experts (T); the cache is {cycles:.2f} T"

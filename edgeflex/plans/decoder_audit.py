@@ -215,7 +215,7 @@ def recount(plan: DecoderPlan, ground: Ground) -> Recount:
             sizes[place, expert] = slot
             cycle += use * slot
             disk += slot + sum(raw_matrix_bytes(precision, *shape) for shape in shapes)
-            expert_s += use * sum(_seconds(rates, shape, precision, plan.threads, 1.0) for shape in shapes)
+            expert_s += use * sum(_seconds(rates, shape, precision, plan.threads, 1.0, expert=True) for shape in shapes)
             first += sum(prompt.routed_rows(shape, precision, use) for shape in shapes)
     compute += expert_s
     return _with_traffic(plan, ground, (dense, disk, cycle, compute, expert_s, first), sizes, chosen)
@@ -280,7 +280,15 @@ def uses_of(ground: Uses, place: int, layer: DecoderLayer) -> list[float]:
     return [one * layer.routing.top_k / sum(row) for one in row]
 
 
-def _seconds(rates: DecoderRates, shape: tuple[int, int], precision: Precision, threads: int, rows_in: float) -> float:
+def _seconds(
+    rates: DecoderRates,
+    shape: tuple[int, int],
+    precision: Precision,
+    threads: int,
+    rows_in: float,
+    *,
+    expert: bool = False,
+) -> float:
     """Return the measured seconds, on the straight line between the two nearest numbers of rows."""
     curve = sorted(
         {
@@ -289,6 +297,9 @@ def _seconds(rates: DecoderRates, shape: tuple[int, int], precision: Precision, 
             if (one.rows, one.columns) == shape and one.precision is precision and one.threads == threads
         }.items()
     )
+    for ratio in rates.token_ratios:
+        if (ratio.precision, ratio.threads) == (precision, threads) and curve[0][0] == 1:
+            curve[0] = (1, curve[0][1] * (ratio.experts if expert else ratio.dense))
     if rows_in >= curve[-1][0]:
         return curve[-1][1] * rows_in / curve[-1][0]
     for (low, low_s), (high, high_s) in itertools.pairwise(curve):
@@ -317,7 +328,7 @@ class _Prompt:
             chance = 1.0 - (1.0 - min(use, 1.0)) ** tokens
             if chance > 0:
                 rows = max(1.0, tokens * use / chance)
-                total += chance * _seconds(self._rates, shape, precision, self._threads, rows)
+                total += chance * _seconds(self._rates, shape, precision, self._threads, rows, expert=True)
         return total
 
 

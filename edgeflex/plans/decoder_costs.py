@@ -105,13 +105,18 @@ def _up(size: int, step: int) -> int:
 
 
 class Times:
-    """Measured seconds of matrices by shape, precision, threads and input rows, linear in between."""
+    """Measured seconds of matrices by shape, precision, threads and input rows, linear in between.
+
+    Those of one row are as long as within a decoded token: so many times longer, for dense matrices and for experts,
+    as the rates say.
+    """
 
     def __init__(self, rates: DecoderRates) -> None:
         grouped: dict[tuple[int, int, Precision, int], dict[int, float]] = {}
         for one in rates.matrices:
             grouped.setdefault((one.rows, one.columns, one.precision, one.threads), {})[one.rows_in] = one.seconds
         self._curves = {key: tuple(zip(*sorted(curve.items()), strict=True)) for key, curve in grouped.items()}
+        self._ratios = {(one.precision, one.threads): (one.dense, one.experts) for one in rates.token_ratios}
         self.threads = tuple(sorted({one.threads for one in rates.matrices}))
 
     def has(self, shape: Shape, precision: Precision) -> bool:
@@ -119,9 +124,19 @@ class Times:
         curves = [self._curves.get((*shape, precision, threads)) for threads in self.threads]
         return bool(curves) and all(curve is not None and curve[0][0] == 1 for curve in curves)
 
-    def seconds(self, shape: Shape, precision: Precision, threads: int, rows_in: Floats) -> Floats:
-        """Return the seconds for each of ``rows_in``; beyond the most rows measured, in proportion to them."""
-        rows, seconds = self._curves[(*shape, precision, threads)]
+    def seconds(self, shape: Shape, precision: Precision, threads: int, rows_in: Floats, *, expert: bool) -> Floats:
+        """Return the seconds for each of ``rows_in``; beyond the most rows measured, in proportion to them.
+
+        Args:
+            shape: Of the matrix, [outputs, inputs].
+            precision: Of its weights.
+            threads: That compute.
+            rows_in: Numbers of input rows.
+            expert: Whether it belongs to an expert, and not to the dense part.
+        """
+        rows, alone = self._curves[(*shape, precision, threads)]
+        seconds = np.array(alone, dtype=np.float64)
+        seconds[0] *= self._ratios.get((precision, threads), (1.0, 1.0))[expert]
         inside = np.interp(rows_in, rows, seconds)
         beyond: Floats = np.where(rows_in > rows[-1], rows_in * (seconds[-1] / rows[-1]), inside)
         return beyond
@@ -377,13 +392,13 @@ def _matrix_s(
     rows_in: Floats,
 ) -> Floats:
     """Return the seconds of each pick's matrices with ``rows_in`` [picks] input rows, [picks, options]."""
-    groups: dict[tuple[Shape, ...], list[int]] = {}
+    groups: dict[tuple[tuple[Shape, ...], bool], list[int]] = {}
     for row, pick in enumerate(picks):
-        groups.setdefault(pick.shapes, []).append(row)
+        groups.setdefault((pick.shapes, pick.layer >= 0), []).append(row)
     found = np.zeros((len(picks), len(options)))
-    for shapes, members in groups.items():
+    for (shapes, expert), members in groups.items():
         rows = np.array(members)
         for column in np.flatnonzero(have[rows].any(axis=0)).tolist():
             for shape in shapes:
-                found[rows, column] += times.seconds(shape, options[column], threads, rows_in[rows])
+                found[rows, column] += times.seconds(shape, options[column], threads, rows_in[rows], expert=expert)
     return found

@@ -271,8 +271,9 @@ class _Made:
             reasons.append("every expert is read once; after that nothing is copied or read while decoding")
             other = self.search.passed_over
             if other is not None:
+                policy = "" if other.serving.policy == other.serving.placement else f" with {other.serving.policy}"
                 reasons.append(
-                    f"{other.serving.placement} ({other.serving.policy}) would take "
+                    f"the placement {other.serving.placement}{policy} would take "
                     f"{format_time(other.point.token_s)}, quicker by less than the figures can tell, and is passed over"
                 )
         share = format_share(predicted.bound_token_s / max(predicted.token_s.value, _TINY), 0)

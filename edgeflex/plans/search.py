@@ -47,6 +47,9 @@ _LARGE_GAP = 1e-3
 _LARGE_CORE_S = 2.0
 _DOMINANCE_WIDTH = 64  # options of a pick up to which each is held against each
 _CUTS = 8  # plans that rounding let through, cut off one by one, before the budgets are tightened
+_FEW_CUTS = 64  # the same where an integer program takes milliseconds
+_ROUNDING = 1e-12  # of sums, as a share of what is summed
+_SHARP = 2e-6  # of a plan's cost above the floor: what HiGHS is trusted to tell apart
 
 _STDOUT = threading.Lock()  # one solve at a time may hold the process's stdout
 
@@ -95,6 +98,10 @@ class _Instance:
     @property
     def links(self) -> int:
         return len(self.cost) - len(self.kept)
+
+    def room(self, more: float) -> Floats:
+        """Return what the rows may add up to, the limits ``more`` in their own scale than they are."""
+        return self.most + more * (np.arange(len(self.most)) < self.budgets)
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,10 @@ def search(question: Question, *, tolerance: float, time_limit_s: float, now: Ca
             break
         _, order, scenario, relaxed = heapq.heappop(heap)
         if relaxed is not None:
+            state.solved += 1
             _solve_scenario(question, scenario, relaxed, state)
             continue
-        relaxed = _relax(question, scenario)
+        relaxed = _relax(question, scenario, state.best.objective)
         if relaxed is not None:
             heapq.heappush(heap, (relaxed.bound, order, scenario, relaxed))
     rest = heap[0][0] if heap else math.inf
@@ -196,14 +204,15 @@ def _least(program: Program, values: Floats) -> Floats:
 # --- presolve ------------------------------------------------------------------------------------------
 
 
-def _presolve(question: Question, scenario: int) -> _Instance | None:
-    """Return the scenario without options that no best plan needs, or None if no plan fits."""
+def _presolve(question: Question, scenario: int, roof: float) -> _Instance | None:
+    """Return the scenario without options that no best plan needs, or None if no plan below ``roof`` fits."""
     program = question.program
     objective = program.measure(question.objective, scenario)
     measures = tuple((limit, program.measure(limit.quantity, scenario)) for limit in question.limits)
     table = np.array([objective.values, *(measure.values for _, measure in measures)])
     most = np.array([limit.most + limit.slack - measure.constant for limit, measure in measures])
-    light = _drop_heavy(program, table, most)
+    below = roof + _ROUNDING * (abs(roof) + abs(objective.constant)) - objective.constant
+    light = _drop_heavy(program, table, np.array([below, *most]))
     if light is None:
         return None
     table = _drop_dominated(program, light)
@@ -244,17 +253,17 @@ def _whole_slack(limits: Sequence[Limit], above: Floats, slack: Floats) -> Float
 
 
 def _drop_heavy(program: Program, table: Floats, most: Floats) -> Floats | None:
-    """Drop options that break a budget even beside the lightest others, until none is left to drop."""
+    """Drop options that break a budget, or cost too much, even beside the lightest others, until none is left."""
     table = table.copy()
-    while len(most):
-        least = np.array([_least(program, row) for row in table[1:]])
+    while True:
+        least = np.array([_least(program, row) for row in table])
         slack = most - least.sum(axis=1) if program.picks else most
         # ``most`` already carries the rounding allowance; sums of sizes are exact
         if not np.all(slack >= 0.0):
             return None
         if program.picks == 0:
             break
-        heavy = np.any(table[1:] - least[:, program.pick] > slack[:, None] * (1 + 1e-12), axis=0)
+        heavy = np.any(table - least[:, program.pick] > slack[:, None] * (1 + _ROUNDING), axis=0)
         heavy &= np.isfinite(table[0])
         if not heavy.any():
             break
@@ -340,11 +349,11 @@ def _one_each(instance: _Instance, kept: npt.NDArray[np.bool_] | None = None) ->
     return csr_array((np.ones(len(pick)), (row, np.arange(len(pick)))), shape=shape)
 
 
-def _relax(question: Question, scenario: int) -> _Relaxed | None:
-    """Return the linear relaxation's bound and reduced costs, or None if even it has no solution."""
+def _relax(question: Question, scenario: int, roof: float) -> _Relaxed | None:
+    """Return the linear relaxation's bound and reduced costs, or None if even it has no solution below ``roof``."""
     from scipy.optimize import linprog
 
-    instance = _presolve(question, scenario)
+    instance = _presolve(question, scenario, roof)
     if instance is None:
         return None
     size = len(instance.kept)
@@ -355,7 +364,7 @@ def _relax(question: Question, scenario: int) -> _Relaxed | None:
     result = linprog(
         instance.cost,
         A_ub=instance.rows if bounded else None,
-        b_ub=instance.most if bounded else None,
+        b_ub=instance.room(_NOISE) if bounded else None,
         A_eq=equal,
         b_eq=np.ones(equal.shape[0]),
         bounds=(0, None),
@@ -387,33 +396,55 @@ def _priced(instance: _Instance, prices: Floats, x: Floats) -> _Relaxed:
 
 def _solve_scenario(question: Question, scenario: int, relaxed: _Relaxed, state: _State) -> None:
     """Solve one scenario's integer program and note plan and bound in ``state``."""
-    state.solved += 1
     instance = relaxed.instance
+    most_cuts = _FEW_CUTS if len(instance.kept) <= _CORE else _CUTS
     cuts: list[Ints] = []
-    tight = 0.0
+    # budgets a little wider than they are, so that HiGHS's rounding hides no plan; what breaks one is cut off
+    room = _NOISE
     bound = relaxed.bound
     while True:
-        found, proven, ended = _integer(relaxed, state, cuts, tight)
-        if tight == 0.0:
+        found, proven, ended = _integer(relaxed, state, cuts, room)
+        if room > 0.0:
             bound = max(bound, instance.constant + instance.unit * proven)
         if found is None or _keep(question, scenario, instance, found, state.best):
             break
         cuts.append(found)
-        if len(cuts) > _CUTS:
-            if tight:
+        if len(cuts) > most_cuts:
+            if room < 0.0:
                 ended = False
                 break
-            tight = _NOISE
+            room = -_NOISE
     # tightened budgets may hide a plan, so that finding none there rules nothing out
-    state.complete = state.complete and ended and not (tight and found is None)
-    if found is not None and not tight:
-        bound = _snap(bound, state.best.objective, instance.unit / relaxed.zoom)
+    state.complete = state.complete and ended and not (room < 0.0 and found is None)
+    if found is not None:
+        finer = _finer(question, scenario, relaxed, state.best)
+        if finer is not None:
+            _solve_scenario(question, scenario, finer, state)
+            return
+        bound = _told(bound, relaxed, state.best.objective)
     state.least_proven = min(state.least_proven, bound)
 
 
-def _snap(bound: float, objective: float, unit: float) -> float:
-    """Return the bound, or the objective where they differ by less than HiGHS can tell."""
-    return objective if abs(objective - bound) <= _NOISE * unit else bound
+def _blur(relaxed: _Relaxed) -> float:
+    """Return how far apart two costs must be for HiGHS to tell them apart."""
+    return _NOISE * relaxed.instance.unit / relaxed.zoom
+
+
+def _finer(question: Question, scenario: int, relaxed: _Relaxed, best: _Best) -> _Relaxed | None:
+    """Return the scenario in a finer scale, where one option that no best plan takes hides what others differ by."""
+    told_apart = _blur(relaxed) <= _SHARP * abs(best.objective - relaxed.instance.constant)
+    if told_apart or best.closed_by(relaxed.bound, _SHARP):
+        return None
+    finer = _relax(question, scenario, best.objective)
+    return finer if finer is not None and len(finer.instance.kept) < len(relaxed.instance.kept) else None
+
+
+def _told(bound: float, relaxed: _Relaxed, objective: float) -> float:
+    """Return what HiGHS's bound proves: the objective where they differ by no more than rounding, else less than it."""
+    blur = _blur(relaxed)
+    if blur > _SHARP * abs(objective - relaxed.instance.constant):
+        return max(min(bound, objective) - blur, relaxed.bound)
+    return objective if abs(objective - bound) <= blur else bound
 
 
 def _keep(question: Question, scenario: int, instance: _Instance, found: Ints, best: _Best) -> bool:
@@ -427,7 +458,7 @@ def _keep(question: Question, scenario: int, instance: _Instance, found: Ints, b
     return True
 
 
-def _integer(relaxed: _Relaxed, state: _State, cuts: Sequence[Ints], tight: float) -> tuple[Ints | None, float, bool]:
+def _integer(relaxed: _Relaxed, state: _State, cuts: Sequence[Ints], room: float) -> tuple[Ints | None, float, bool]:
     """Return (kept variables set to 1 or None, proven least in the instance's unit, whether it ended)."""
     instance = relaxed.instance
     if len(instance.kept) == 0:
@@ -435,7 +466,7 @@ def _integer(relaxed: _Relaxed, state: _State, cuts: Sequence[Ints], tight: floa
     roof = (state.best.objective - instance.constant) / instance.unit
     mask = relaxed.reduced <= roof - relaxed.least + _NOISE
     gap = state.tolerance * abs(relaxed.bound) / instance.unit
-    run = _Run(relaxed, tuple(cuts), tight, gap)
+    run = _Run(relaxed, tuple(cuts), room, gap)
     if mask.sum() <= _CORE:
         return run.solve(mask, state.clock.left_s, roof)
     picks = len(np.unique(instance.pick))
@@ -488,7 +519,7 @@ class _Run:
 
     relaxed: _Relaxed
     cuts: tuple[Ints, ...]
-    tight: float
+    room: float
     gap: float
 
     def height(self, found: Ints) -> float:
@@ -512,10 +543,9 @@ class _Run:
         if len(picks) < len(np.unique(instance.pick)):
             return None, roof, True
         columns = np.concatenate([np.flatnonzero(mask), len(mask) + np.arange(instance.links)])
-        most = instance.most - self.tight * (np.arange(len(instance.most)) < instance.budgets)
         rules = [LinearConstraint(_one_each(instance, mask), 1.0, 1.0)]
         if instance.rows.shape[0]:
-            rules.append(LinearConstraint(instance.rows[:, columns], -np.inf, most))
+            rules.append(LinearConstraint(instance.rows[:, columns], -np.inf, instance.room(self.room)))
         rules += [self._cut(cut, mask, len(columns)) for cut in self.cuts]
         whole = np.zeros(len(columns), dtype=np.int64)
         whole[: int(mask.sum())] = 1

@@ -152,9 +152,15 @@ def _solve(
         return _solution(question, answer, budget, tolerance, clock() - began)
     if answer.complete:
         raise explain(question, time_limit_s=time_limit_s, now=clock)
+    searched = f"({answer.solved} of {len(question.scenarios)} scenarios searched)"
+    if clock() - began < time_limit_s:
+        raise EdgeflexError(
+            f"no plan was found, and none is ruled out {searched}: plans lie closer to a budget than the solver can "
+            "tell apart. Loosen a budget a little."
+        )
     raise EdgeflexError(
-        f"no plan was found within {time_limit_s:g} s, and none is ruled out yet ({answer.solved} of "
-        f"{len(question.scenarios)} scenarios searched). Allow more time or loosen a budget."
+        f"no plan was found within {time_limit_s:g} s, and none is ruled out yet {searched}. Allow more time or loosen "
+        "a budget."
     )
 
 

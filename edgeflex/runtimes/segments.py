@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeflex.errors import DeviceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -20,7 +22,12 @@ _LEAST_S = 1e-7
 
 
 def all_exits(session: Session, batches: Iterable[Float32]) -> Float32:
-    """Return the probabilities [n, exits, classes] at every exit, images in batches [b, C, H, W] run one by one."""
+    """Return the probabilities [n, exits, classes] at every exit, images in batches [b, C, H, W] run one by one.
+
+    Raises:
+        DeviceError: An exit gave something that is no number. A run would stop there; counted as an answer it would
+            be right or wrong by chance.
+    """
     rows = []
     for batch in batches:
         for image in batch:
@@ -32,7 +39,16 @@ def all_exits(session: Session, batches: Iterable[Float32]) -> Float32:
                 if activations is not None:
                     x = activations
             rows.append(np.stack(exits))
-    return np.stack(rows).astype(np.float32)
+    probabilities = np.stack(rows).astype(np.float32)
+    unsound = np.argwhere(~np.isfinite(probabilities).all(axis=2))  # rows of image, exit
+    if len(unsound):
+        image, index = unsound[0].tolist()
+        raise DeviceError(
+            f"exit {index} gave probabilities that are no numbers for {len(np.unique(unsound[:, 0]))} of {len(rows)} "
+            f"images, the first being number {image}. Check weights and images for NaN or infinity, or leave layers "
+            "with large numbers in fp32."
+        )
+    return probabilities
 
 
 def segment_seconds(

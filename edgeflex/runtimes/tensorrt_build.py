@@ -287,6 +287,7 @@ def build(
     force: bool = False,
     library: Any = None,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Path, EngineIndex], EngineIndex] | None = None,
 ) -> EngineIndex:
     """Build the engines of a bundle on this device.
 
@@ -301,6 +302,8 @@ def build(
         force: Build again what is there already.
         library: What to ask instead of the driver's own library.
         clock: Seconds, rising.
+        measure: Given the folder and the index once all engines stand there, returns the index with what it measured
+            on them; where it fails, the engines stay.
 
     Raises:
         UnsupportedError: The bundle is for another backend, or this TensorRT or device cannot build it.
@@ -332,6 +335,9 @@ def build(
     write_atomic(folder / INDEX_FILE, index.canonical_json())
     with suppress(OSError):
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
+    if measure is not None:
+        index = measure(folder, index)
+        write_atomic(folder / INDEX_FILE, index.canonical_json())
     return index
 
 

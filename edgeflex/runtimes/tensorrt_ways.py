@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeflex.errors import DeviceError, EdgeflexError
-from edgeflex.files import read_bytes, write_atomic
+from edgeflex.files import read_bytes
 from edgeflex.runtimes.cuda_driver import CudaContext
 from edgeflex.runtimes.raw_store import expert_pairs
-from edgeflex.runtimes.tensorrt_build import build, open_machine, read_recipe
+from edgeflex.runtimes.tensorrt_build import open_machine, read_recipe
 from edgeflex.runtimes.tensorrt_memory import FLOAT_BYTES, ExpertArena, Staging
 from edgeflex.runtimes.tensorrt_stages import Engines
 from edgeflex.schema import Precision
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.bundle_moe import DecoderBundle
-    from edgeflex.progress import Progress
     from edgeflex.runtimes.raw_store import Pair
     from edgeflex.runtimes.tensorrt_build import Machine
     from edgeflex.schema_moe import StockProgram
@@ -46,47 +45,22 @@ _MOST_ERROR = 1e-4  # of the largest number: fp32 in another order
 _KEY = (0, 0)  # the one expert that is measured
 
 
-def build_measured(
-    bundle: DecoderBundle,
-    *,
-    out: Path | None = None,
-    workspace_bytes: int | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
-    library: Any = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> EngineIndex:
-    """Build a decoder's engines as ``tensorrt_build.build`` does, and choose how experts get their weights.
+def measuring(
+    bundle: DecoderBundle, *, library: Any = None, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[Path, EngineIndex], EngineIndex]:
+    """Return what ``tensorrt_build.build`` is handed as ``measure``, to choose how experts get their weights.
 
     Args:
-        bundle: A checked bundle, exported for tensorrt.
-        out: The folder that gets the engines; the bundle's own by default.
-        workspace_bytes: Most scratch memory for a layer; the recipe's by default.
-        progress: Told what TensorRT's own monitor says.
-        force: Build again what is there already.
+        bundle: The decoder that is built.
         library: What to ask instead of the driver's own library.
         clock: Seconds, rising.
-
-    Raises:
-        UnsupportedError: The bundle is for another backend, or this TensorRT or device cannot build it.
-        BundleError: A graph is not the one that the manifest names.
-        MissingDependencyError: TensorRT is absent.
-        DeviceError: There is no usable driver or device, the builder failed, or the disk is full.
     """
-    folder = bundle.path if out is None else out
-    index = build(
-        bundle,
-        out=out,
-        workspace_bytes=workspace_bytes,
-        progress=progress,
-        force=force,
-        library=library,
-        clock=clock,
-    )
-    ways = measured_ways(bundle, folder, index, library=library, clock=clock)
-    index = index.model_copy(update={"experts": ways})
-    write_atomic(folder / INDEX_FILE, index.canonical_json())
-    return index
+
+    def measured(folder: Path, index: EngineIndex) -> EngineIndex:
+        ways = measured_ways(bundle, folder, index, library=library, clock=clock)
+        return index.model_copy(update={"experts": ways})
+
+    return measured
 
 
 def measured_ways(

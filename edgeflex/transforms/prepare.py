@@ -9,6 +9,7 @@ the stock quantiser cannot choose per convolution).
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,14 +204,20 @@ def range_of(ranges: Ranges, segment: int, node: str) -> tuple[float, float]:
     """Return the range that was recorded for a node.
 
     Raises:
-        InputError: None was.
+        InputError: None was, or it is endless.
     """
     key = f"{segment}:{node}"
     if key not in ranges:
         raise InputError(
             f"no activation range was recorded for {key!r}. Calibrate this very model: edgeflex calibrate."
         )
-    return ranges[key]
+    low, high = ranges[key]
+    if not math.isfinite(high - low):
+        raise InputError(
+            f"the activations of {key!r} reached {low:g} to {high:g} on the calibration images, which no 8-bit grid "
+            "covers. Check the weights, or write that operation without infinity."
+        )
+    return low, high
 
 
 class StaticRewrite:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgeflex.errors import UnsupportedError
+from edgeflex.errors import InputError, UnsupportedError
 from edgeflex.schema import Precision
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _int4_scales(rows: torch.Tensor, stored: Callable[[torch.Tensor], torch.Tens
     # the grid reaches -8 but only +7: the side with the larger weight may use the longer half
     widest = torch.maximum(rows.amax(-1, keepdim=True) / INT4_HIGH, rows.amin(-1, keepdim=True) / INT4_LOW)
     widest = torch.maximum(widest, rows.abs().amax(-1, keepdim=True) / -INT4_LOW).clamp_min(_SMALLEST_SCALE)
-    best = widest.clone()
+    best = stored(widest)  # kept where squares of huge weights leave what float32 holds
     least = torch.full_like(widest, torch.inf)
     for shrink in _INT4_SHRINKS:
         scales = stored(widest * shrink)
@@ -119,7 +119,10 @@ def quantize_weight(weight: torch.Tensor, precision: Precision, *, half: bool = 
     Raises:
         UnsupportedError: The precision stores no integers, the inputs do not divide into groups, or half
             precision does not hold the scales.
+        InputError: The weight holds NaN or infinity, which would become zeros without a word.
     """
+    if not bool(torch.isfinite(weight.detach()).all()):
+        raise InputError("a weight holds NaN or infinity. Train or download the model again.")
     if precision is Precision.FP8:
         return _fp8_weight(weight, half=half)
     if precision in _BLOCKS:

@@ -20,7 +20,8 @@ from edgeflex.models.decoder_reference import Reference
 from edgeflex.runtimes import cuda_driver
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.decoder_bench import _way_checks as way_checks
-from edgeflex.runtimes.tensorrt_ways import build_measured, measured_ways
+from edgeflex.runtimes.tensorrt_build import build
+from edgeflex.runtimes.tensorrt_ways import measured_ways, measuring
 from edgeflex.schema_trt import INDEX_FILE, BuildRecipe, EngineIndex
 from edgeflex.terminal import engines_text
 from tests.engine_samples import BOARDS, PROMPT
@@ -33,6 +34,8 @@ from tests.toy_engines import NEWEST, install
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from edgeflex.bundle_moe import DecoderBundle
 
 NEW = 6
 SEGMENT, RIVAL = "expert-64.fp32", "expert-64.fp32.refit"
@@ -80,10 +83,15 @@ def board(monkeypatch):
     return give
 
 
+def built(bundle: DecoderBundle, *, library: Any, force: bool = False) -> EngineIndex:
+    """Build, and measure how experts best get their weights."""
+    return build(bundle, library=library, force=force, measure=measuring(bundle, library=library))
+
+
 def chosen(folder: Path, trt: Any, now: Callable[[], float]) -> EngineIndex:
     """Build, and measure by another clock."""
     bundle = open_decoder_bundle(folder)
-    index = build_measured(bundle, library=trt.cuda)
+    index = built(bundle, library=trt.cuda)
     bare = index.model_copy(update={"experts": ()})
     index = index.model_copy(update={"experts": measured_ways(bundle, folder, bare, library=trt.cuda, clock=now)})
     (folder / INDEX_FILE).write_text(index.canonical_json())
@@ -126,7 +134,7 @@ def test_weights_of_fewer_bits_have_no_rival(source, tmp_path, board):
     folder = tmp_path / "mixed"
     export_tensorrt_decoder(source, mixed_plan(source.graph), folder, half=False)
     assert recipe_of(folder).refits == ()
-    index = build_measured(open_decoder_bundle(folder), library=board().cuda)
+    index = built(open_decoder_bundle(folder), library=board().cuda)
     assert {one.way for one in index.experts} == {"inputs"}
     assert {one.segment: one.reason.partition(":")[0] for one in index.experts} == {
         "expert-64.int4-group32": "int4-group32 weights cannot be refitted",
@@ -156,7 +164,7 @@ def test_the_faster_way_is_kept_with_both_figures_and_says_the_same(board, exact
 
 def test_the_real_clock_gives_figures_too_and_the_index_keeps_them(board, exact):
     trt = board()
-    index = build_measured(open_decoder_bundle(exact), library=trt.cuda)
+    index = built(open_decoder_bundle(exact), library=trt.cuda)
     (found,) = index.experts
     assert found.inputs_s is not None
     assert found.refit_s is not None
@@ -167,16 +175,16 @@ def test_the_real_clock_gives_figures_too_and_the_index_keeps_them(board, exact)
 
 
 def test_what_is_built_already_stays_and_is_measured_again(board, exact):
-    build_measured(open_decoder_bundle(exact), library=board().cuda)
+    built(open_decoder_bundle(exact), library=board().cuda)
     trt = board()
-    index = build_measured(open_decoder_bundle(exact), library=trt.cuda)
+    index = built(open_decoder_bundle(exact), library=trt.cuda)
     assert trt.named("Builder.build_serialized_network") == []
     assert index.experts[0].refit_s is not None
 
 
 def test_only_the_named_weights_may_be_replaced(board, exact):
     trt = board()
-    build_measured(open_decoder_bundle(exact), library=trt.cuda, force=True)
+    built(open_decoder_bundle(exact), library=trt.cuda, force=True)
     assert trt.named("INetworkDefinition.mark_weights_refittable") == [("gate_up",), ("down",)]
     flags = {name: flags for name, _, flags in trt.named("Builder.build_serialized_network")}
     assert [name for name, found in flags.items() if "REFIT_INDIVIDUAL" in found] == [f"{RIVAL}.onnx"]
@@ -207,7 +215,7 @@ FAILURES = {
 @pytest.mark.parametrize("fail", FAILURES)
 def test_a_refit_that_fails_or_lies_leaves_experts_inputs_and_says_why(board, exact, wanted, fail):
     trt = board(fail={fail})
-    index = build_measured(open_decoder_bundle(exact), library=trt.cuda, force=True)
+    index = built(open_decoder_bundle(exact), library=trt.cuda, force=True)
     (found,) = index.experts
     assert found.way == "inputs"
     assert FAILURES[fail] in found.reason
@@ -294,7 +302,7 @@ def test_build_and_bench_tell_both_figures(board, exact, monkeypatch, capsys):
 
 def test_what_was_not_measured_or_lied_is_no_check(board, exact):
     board(fail={"other numbers"})
-    build_measured(open_decoder_bundle(exact), library=sys.modules["tensorrt"].cuda, force=True)
+    built(open_decoder_bundle(exact), library=sys.modules["tensorrt"].cuda, force=True)
     manifest = open_decoder_bundle(exact).manifest
     assert all(one.measured <= one.promised for one in way_checks(exact, manifest))
     (exact / INDEX_FILE).unlink()

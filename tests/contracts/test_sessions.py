@@ -166,3 +166,13 @@ def test_input_that_is_not_a_number_is_a_failure_not_an_answer(make) -> None:
     x = np.full((1, 3, 16, 16), np.nan, dtype=np.float32)
     with make() as session, pytest.raises(DeviceError, match="which is no probability"):
         session.infer(x, (None, None, None))
+
+
+def test_outputs_of_many_images_that_are_no_numbers_are_a_failure_too(make) -> None:
+    x = toy_inputs(3)
+    x[1] = np.nan
+    with (
+        make() as session,
+        pytest.raises(DeviceError, match=r"exit 0 gave .* no numbers for 1 of 3 images.* number 1\."),
+    ):
+        all_exits(session, [x])

@@ -298,6 +298,17 @@ def test_a_tampered_plan_is_caught(corridor: Corridor):
             check_plan(table, tampered(plan, **changes))
 
 
+@pytest.mark.parametrize("field", ["latency_interval_s", "accuracy", "threads", "notes"])
+def test_a_promise_that_was_widened_by_hand_is_not_exported(corridor: Corridor, field: str):
+    plan = corridor.plan
+    wide = {name: one.model_dump() | {"high": 1.0} for name, one in plan.latency_interval_s.items()}
+    changed = {"latency_interval_s": wide, "accuracy": 0.999, "threads": plan.threads + 1, "notes": ["kept"]}
+    out = corridor.folder / "widened"
+    with pytest.raises(InputError, match=f"planning again gives another {field} than the plan's"):
+        flow.export(tampered(plan, **{field: changed[field]}), corridor.model, corridor.calibration, out)
+    assert not out.exists()
+
+
 def test_one_bit_flipped_in_the_program_is_caught_before_it_runs(corridor: Corridor):
     path = corridor.bundle / "program.pte"
     whole = path.read_bytes()

@@ -16,7 +16,7 @@ from edgeflex.models.decoder_reference import Reference
 from edgeflex.runtimes.cuda_driver import CudaContext
 from edgeflex.runtimes.decoder import DecoderSession, Settings
 from edgeflex.runtimes.tensorrt_build import build, load_tensorrt
-from edgeflex.runtimes.tensorrt_ways import build_measured
+from edgeflex.runtimes.tensorrt_ways import measuring
 from edgeflex.schema_trt import INDEX_FILE
 from tests.random_decoder import RandomSource, exact_plan, mixed_plan
 from tests.tiny_decoder import tiny_graph
@@ -121,7 +121,8 @@ def test_tokens_are_decoded_by_graphs_and_say_what_plain_work_says(exact, monkey
 
 def test_both_ways_of_an_experts_weights_say_the_same(source, exact, record_property):
     wanted = list(Reference(source).generate(PROMPT, NEW))
-    index = build_measured(open_decoder_bundle(exact))
+    decoder = open_decoder_bundle(exact)
+    index = build(decoder, measure=measuring(decoder))
     (found,) = index.experts
     record_property("seconds of an expert", f"{found.inputs_s} as inputs, {found.refit_s} by refit")
     assert found.refit_s is not None, found.reason

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import time
 import zipfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,6 @@ from edgeflex.errors import InputError
 from edgeflex.images import ImageFolder, open_images, split
 from edgeflex.schema import Preprocessing
 from tests.builders import needed_data
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLAIN = Preprocessing(height=4, width=6, channels=3, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -80,6 +78,18 @@ def test_sizes_and_colours_are_converted(tmp_path: Path) -> None:
     np.testing.assert_allclose(images.load([0], PLAIN), 200 / 255, rtol=1e-6)
 
 
+def test_grey_of_16_bits_is_read_by_its_upper_8(tmp_path: Path) -> None:
+    steps = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2731
+    files = {}
+    for name, pixels in (("deep/a.png", steps), ("flat/b.png", (steps >> 8).astype(np.uint8))):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        files[name] = buffer.getvalue()
+    deep, flat = open_images(write_folder(tmp_path, files)).load([0, 1], PLAIN)
+    assert np.array_equal(deep, flat)
+    assert len(np.unique(deep)) == 24
+
+
 def test_a_data_uri_holds_the_image_at_the_size_asked_for(tmp_path: Path) -> None:
     images = open_images(write_folder(tmp_path, two_classes()))
     kind, _, raw = images.png_data_uri(0, 16).partition(",")
@@ -92,6 +102,16 @@ def test_a_zip_entry_that_reaches_outside_is_refused(tmp_path: Path, name: str) 
     path = write_zip(tmp_path / "bad.zip", two_classes() | {name: png(5)})
     with pytest.raises(InputError, match="outside"):
         open_images(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_a_name_that_is_no_text_is_refused_with_its_place(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "f", two_classes())
+    place = Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9"))
+    place.mkdir()
+    (place / "1.png").write_bytes(png(3))
+    with pytest.raises(InputError, match=r"the name 'caf\?/1\.png' is not UTF-8; rename it"):
+        open_images(root)
 
 
 def test_files_that_are_no_images_are_left_out(tmp_path: Path) -> None:
@@ -131,7 +151,8 @@ def test_corrupt_pixels_are_named_when_loaded(tmp_path: Path) -> None:
         ({"a/x.txt": b"x"}, "no image"),
         ({"a/1.png": png(1), "a/2.png": png(2)}, "one class"),
         ({"x.png": png(1), "a/2.png": png(2)}, "class/NAME"),
-        ({"train/a/1.png": png(1), "dev/a/2.png": png(2)}, "class/NAME"),
+        ({"train/a/1.png": png(1), "dev/a/2.png": png(2)}, "one folder deeper than class/NAME, below 'dev', 'train'"),
+        ({f"{number}.png": png(number) for number in range(30)}, "and 20 more"),
     ],
 )
 def test_folders_that_cannot_be_labelled_are_refused(tmp_path: Path, files: dict[str, bytes], reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -174,3 +175,18 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path: Path):
     np.save(tmp_path / "choose.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="damaged"):
         opened.part("choose")
+
+
+def test_no_byte_of_a_damaged_array_is_a_crash(tmp_path: Path):
+    opened = filled(tmp_path)
+    path = tmp_path / "choose.npy"
+    raw = path.read_bytes()
+    told = []
+    for place, flip in product(range(128), (0x01, 0x09, 0x5A)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ flip]) + raw[place + 1 :])
+        try:
+            opened.part("choose")
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) > 100
+    assert all("damaged" in one for one in told)

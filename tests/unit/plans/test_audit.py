@@ -160,6 +160,16 @@ def test_a_worse_plan_with_a_proof_made_up_to_fit_is_contradicted_by_its_neighbo
         check(known(), BUDGET, altered(solved().model_copy(update={"choices": worse}), **claim))
 
 
+@pytest.mark.parametrize("beyond", [6e-10, 9e-10])
+def test_a_neighbour_that_breaks_a_limit_by_rounding_contradicts_no_bound(beyond: float):
+    """The solver gives sums half the room for rounding that the audit gives it: between them nothing is claimed."""
+    layers = table(decision("a", option("x", latency_s=1.0, host=9), option("y", latency_s=1.0 + beyond, host=1)))
+    budget = Budget(latency=(LatencyLimit(limit_s=1.0),), minimize="memory")
+    solution = solve(layers, budget, tolerance=0.0)
+    assert solution.proof.objective == 9.0
+    check(layers, budget, solution)
+
+
 def test_broken_ties_rules_and_budgets_are_caught():
     tied = known().model_copy(
         update={

@@ -23,6 +23,7 @@ from edgeflex.plans.choose import (
     objective_of,
     pick,
     restated,
+    shifted,
     shipping_table,
     static_points,
 )
@@ -302,6 +303,25 @@ def test_a_shipping_table_counts_the_measured_drop_alone():
 def test_exit_shares_sum_to_one_and_are_what_reach_loses():
     assert exit_shares((1.0, 0.5, 0.5, 0.2)) == pytest.approx((0.5, 0.0, 0.3, 0.2))
     assert exit_shares((1.0,)) == (1.0,)
+
+
+@pytest.mark.parametrize(("share", "samples"), [(0.05, 61), (0.05, 100), (0.05, 200), (0.01, 301), (0.01, 600)])
+def test_a_percentile_is_rarely_held_by_the_luck_of_the_images(share: float, samples: int):
+    """Reach just above the share that a percentile turns on, as few images show it: twice the standard error."""
+    draw = np.random.default_rng(0)
+    counts = draw.binomial(samples, share * 1.001, 20_000)
+    seen, times = np.unique(counts, return_counts=True)
+    reach = [count / samples if count else 1 / (samples + 1) for count in seen.tolist()]  # as ``judge`` writes it
+    lucky = [shifted((1.0, one), samples, 1.0)[1] <= share for one in reach]
+    assert times[lucky].sum() / 20_000 < 0.035
+    assert not lucky[-1]
+
+
+def test_reach_that_thresholds_fix_is_not_moved():
+    assert shifted((1.0, 1.0, 0.0), 50, 1.0) == (1.0, 1.0, 0.0)
+    low, high = (shifted((1.0, 0.5), 100, by)[1] for by in (-1.0, 1.0))
+    # Wilson's interval of 50 in 100 at twice the standard error
+    assert (low, high) == pytest.approx((0.4019, 0.5981), abs=1e-4)
 
 
 def test_intervals_by_hand():

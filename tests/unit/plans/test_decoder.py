@@ -15,9 +15,12 @@ from edgeflex.errors import CheckFailedError, EdgeflexError, InfeasibleError, In
 from edgeflex.plans.decoder import DeclinedError, plan_decoder
 from edgeflex.plans.decoder_audit import Ground, check_decoder_plan
 from edgeflex.plans.decoder_search import ladder_floor
-from edgeflex.schema_moe import DecoderBudget, MissPoint
+from edgeflex.schema_moe import DecoderBudget, MissPoint, TokenRatio
 from tests import plan_samples
 from tests.plan_samples import FP32, INT4, INT8, calibration_of, graph_of
+
+# how many times longer dense matrices and experts of one row take within a token; fp32 was not measured
+IN_A_TOKEN = {INT8: (0.7, 1.1), INT4: (0.8, 0.9)}
 
 
 def packed_bytes(precision, rows, columns):
@@ -38,6 +41,11 @@ def rates_of(graph, *, read=20e6, threads=(1,), latency=0.0):
         read_bytes_per_s=read,
         read_latency_s=latency,
         memory_bytes_per_s=2e9,
+        token_ratios=tuple(
+            TokenRatio(precision=one, threads=count, dense=dense, experts=experts)
+            for one, (dense, experts) in IN_A_TOKEN.items()
+            for count in threads
+        ),
     )
 
 
@@ -141,8 +149,10 @@ def enumerate_all(graph, budget, seed, read):
             continue
         bytes_dense = raw[end] + packed_bytes(end, vocabulary, hidden)
         bytes_dense += sum(packed_bytes(p, *shape) for p in rest[:layers] for shape in dense)
-        seconds = 1e-5 + rates[vocabulary, hidden, end] + sum(rates[(*s, p)] for p in rest[:layers] for s in dense)
-        seconds += sum(uses[place] * rates[(*s, p)] for place, p in held for s in expert)
+        longer = IN_A_TOKEN | {FP32: (1.0, 1.0)}
+        seconds = 1e-5 + rates[vocabulary, hidden, end] * longer[end][0]
+        seconds += sum(rates[(*s, p)] * longer[p][0] for p in rest[:layers] for s in dense)
+        seconds += sum(uses[place] * rates[(*s, p)] * longer[p][1] for place, p in held for s in expert)
         sizes = np.zeros((layers, experts), np.int64)
         for place, p in held:
             sizes[place] = slot[p]

@@ -67,15 +67,19 @@ def test_the_byte_counts_beside_gigabytes():
     assert solution.proof.status == "optimal"
 
 
-def test_a_penalty_does_not_blur_small_losses():
+@pytest.mark.parametrize("penalty", [1e6, 1e9, 1e12])
+def test_a_penalty_does_not_blur_small_losses(penalty: float):
     layers = tuple(
-        decision(f"d{n}", option("x", loss=1e-6 * n, host=3), option("y", loss=2e-6 * n, host=2), option("z", loss=1e6))
+        decision(
+            f"d{n}", option("x", loss=1e-6 * n, host=3), option("y", loss=2e-6 * n, host=2), option("z", loss=penalty)
+        )
         for n in range(1, 6)
     )
     budget = Budget(memory_bytes={Tier.HOST: 12}, minimize="drop")
     solution = solve(table(*layers), budget, tolerance=0.0)
     # x everywhere takes 15 bytes; the three least go to y
     assert solution.proof.objective == pytest.approx(21e-6)
+    assert solution.proof.status == "optimal"
 
 
 def test_without_a_budget_each_decision_takes_its_best():
@@ -182,7 +186,7 @@ def test_of_known_plans_the_nearest_is_told_where_no_single_budget_helps():
     tight = (LIMITS[0], replace(LIMITS[1], most=0.0005))
     error = explain_points(tight, [(200.0, 0.003), (300.0, 0.001)], "Or measure more.")
     assert error.binding == ("memory", "latency mean")
-    raised = "raise memory from 150 B to 300 B, +100.0 % and latency mean from 500.0 us to 1.00 ms, +100.0 %"
+    raised = "raise memory from 150 B to 300 B, +100.0 % and latency mean from 500.0 µs to 1.00 ms, +100.0 %"
     assert error.relaxation == f"No single budget helps; {raised}. Or measure more."
 
 

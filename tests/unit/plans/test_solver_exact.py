@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 
 from edgeflex.errors import InfeasibleError
 from edgeflex.plans.audit import check, footprint, shortfalls
 from edgeflex.plans.solver import solve
-from edgeflex.schema import Budget, Choice, CostTable, Footprint, Tier
+from edgeflex.schema import Budget, Choice, CostTable, Footprint, LatencyLimit, Tier
 from tests.builders import random_budget, random_table
 
 
@@ -76,3 +77,57 @@ def test_equals_exhaustive_search_with_its_infeasibility_verdict(start: int):
         assert solution.proof.status == "optimal"
     assert any(verdicts)
     assert not all(verdicts)
+
+
+def stretched(seed: int) -> tuple[CostTable, Budget]:
+    """Return a small table whose figures span 24 decades, and a budget that one of its plans meets exactly."""
+    draw = random.Random(seed)
+
+    def far(value: float) -> float:
+        return float(value * 10.0 ** draw.uniform(-12, 12))
+
+    plain = random_table(seed)
+    quantity = draw.choice(["loss", "latency_s"])
+    decisions = tuple(
+        decision.model_copy(
+            update={
+                "options": tuple(
+                    one.model_copy(
+                        update={"loss": tuple(map(far, one.loss))}
+                        if quantity == "loss"
+                        else {"latency_s": far(one.latency_s)}
+                    )
+                    for one in decision.options
+                ),
+            }
+        )
+        for decision in plain.decisions
+    )
+    table = plain.model_copy(update={"decisions": decisions, "rules": ()})
+    chosen = {decision.tie or decision.subject: draw.choice(decision.options).name for decision in decisions}
+    choices = tuple(Choice(subject=one.subject, option=chosen[one.tie or one.subject]) for one in decisions)
+    known = footprint(table, draw.randrange(len(table.scenarios)), choices)
+    limits: dict[str, object] = {
+        "memory_bytes": {Tier.HOST: known.memory_bytes.get(Tier.HOST, 0)},
+        "latency": (LatencyLimit(limit_s=known.latency_s["worst"] or 1.0, statistic="worst"),),
+        "max_drop": known.loss,
+    }
+    kept = {name: limits[name] for name in draw.sample(sorted(limits), draw.randint(1, 3))}
+    return table, Budget.model_validate({**kept, "minimize": draw.choice(["latency", "drop", "memory"])})
+
+
+@pytest.mark.parametrize("start", range(0, 300, 50))
+def test_what_numbers_of_any_size_allow_is_found_and_what_is_proven_is_true(start: int):
+    optimal = 0
+    for seed in range(start, start + 50):
+        table, budget = stretched(seed)
+        best = exhaustive(table, budget)
+        assert best is not None
+        solution = solve(table, budget)
+        check(table, budget, solution)
+        proof = solution.proof
+        assert proof.bound <= best + 1e-8 * abs(best) + 1e-12, seed
+        if proof.status == "optimal":
+            optimal += 1
+            assert proof.objective <= best + (1e-4 + 1e-8) * abs(best) + 1e-12, seed
+    assert optimal > 40

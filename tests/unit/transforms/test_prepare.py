@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import fx, nn
@@ -226,6 +228,14 @@ def test_a_missing_range_is_named_with_what_to_do():
     ranges = ranges_of(model)
     del ranges["0:relu_1"]
     with pytest.raises(InputError, match=r"no activation range was recorded for '0:relu_1'.*edgeflex calibrate"):
+        prepare(model, {"block.conv1": STATIC}, ranges)
+
+
+@pytest.mark.parametrize("endless", [(-math.inf, 1.0), (0.0, math.inf), (0.0, math.nan)])
+def test_a_range_without_an_end_is_refused(endless: tuple[float, float]):
+    model = residual_model()
+    ranges = {**ranges_of(model), "0:relu_1": endless}
+    with pytest.raises(InputError, match=r"activations of '0:relu_1' reached .* no 8-bit grid covers"):
         prepare(model, {"block.conv1": STATIC}, ranges)
 
 

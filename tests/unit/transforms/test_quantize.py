@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeflex.errors import UnsupportedError
+from edgeflex.errors import InputError, UnsupportedError
 from edgeflex.schema import Precision
 from edgeflex.transforms import activation_grid, quantize_weight
 
@@ -114,6 +114,23 @@ def test_inputs_that_do_not_divide_into_groups_are_refused_with_both_numbers(pre
     with pytest.raises(UnsupportedError, match=r"multiples of 32; a weight has 48") as raised:
         quantize_weight(weights(4, 48), precision)
     assert "int8-dynamic" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("precision", [*INT8, *INT4, Precision.INT4_BLOCK64, Precision.FP8])
+def test_weights_that_are_no_numbers_are_refused_and_not_zero(precision: Precision, value: float):
+    weight = weights(4, 64)
+    weight[1, 3] = value
+    with pytest.raises(InputError, match="NaN or infinity"):
+        quantize_weight(weight, precision)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-12, 1e19, 1e30])
+@pytest.mark.parametrize("precision", INT4)
+def test_scales_of_very_small_and_very_large_weights_are_stored_numbers_too(precision: Precision, size: float):
+    quantized = quantize_weight(weights(4, 64) * size, precision)
+    assert torch.equal(quantized.scales, quantized.scales.to(torch.bfloat16).float())
+    assert bool(torch.isfinite(quantized.dequantize()).all())
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
