@@ -175,9 +175,9 @@ def processor_times(shape: Shape, tokens: int) -> list[tuple[int, float]]:
     """Return misses and seconds of each event of the cache in RAM; a hit's learning is paid with a later miss."""
     import numpy as np
 
-    from edgeflex.runtimes.expert_cache import ExpertCache
+    from edgeflex.runtimes.expert_cache import ExpertCache, union_of
     from edgeflex.runtimes.policies import make_policy
-    from edgeflex.runtimes.residency import Event, Pass, _union
+    from edgeflex.runtimes.residency import Event, Pass
 
     sizes = np.full((shape.layers, shape.experts), SIZE, dtype=np.int64)
     policy = make_policy("enu", layers=shape.layers, experts=shape.experts, top_k=shape.top_k)
@@ -186,7 +186,7 @@ def processor_times(shape: Shape, tokens: int) -> list[tuple[int, float]]:
     for number, (layer, ids, weight) in enumerate(arrays_of(trace_of(shape, tokens))):
         event = Event(number // shape.layers, of, layer, ids, weight)
         start = clock()
-        union, weights = _union(event)
+        union, weights = union_of(event.experts, event.weights)
         outcome = cache.event(event.step, layer, union, weights, decoding=True)
         seconds = clock() - start
         if event.step >= tokens // 4:

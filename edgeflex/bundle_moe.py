@@ -8,6 +8,7 @@ file. A file's content is hashed by ``DecoderBundle.check`` before its first use
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeflex.bundle import MANIFEST_NAME
+from edgeflex.bundle import MANIFEST_NAME, require_manifest
 from edgeflex.errors import BundleError, InputError
 from edgeflex.files import read_bytes, sha256_file, write_atomic
 from edgeflex.schema import SCHEMA_VERSION, FileEntry
@@ -141,7 +142,7 @@ def open_decoder_bundle(path: Path) -> DecoderBundle:
         manifest = DecoderManifest.parse(raw, str(source))
     except InputError as error:
         raise BundleError(f"{error}. {_REMEDY}") from None
-    _refuse(path, [*_file_faults(path, manifest.files), *_record_faults(manifest)])
+    _refuse(path, [*_seal_faults(manifest), *_file_faults(path, manifest.files), *_record_faults(manifest)])
     return DecoderBundle(path, manifest)
 
 
@@ -152,13 +153,14 @@ def seal_file(folder: Path, relative: str, role: str | None = None) -> FileEntry
 
 
 def write_decoder_manifest(folder: Path, manifest: DecoderManifest) -> DecoderBundle:
-    """Write the manifest into ``folder`` and return the bundle, opened again.
+    """Write the manifest into ``folder``, with its ``layout_digest``, and return the bundle, opened again.
 
     Raises:
         BundleError: The folder does not hold what the manifest names.
         DeviceError: The disk is full.
     """
-    document = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
+    sealed = manifest.model_copy(update={"layout_digest": _layout_digest(manifest)})
+    document = json.dumps(sealed.model_dump(mode="json"), sort_keys=True, indent=1)
     write_atomic(folder / MANIFEST_NAME, document + "\n")
     return open_decoder_bundle(folder)
 
@@ -167,6 +169,7 @@ def _read_document(path: Path) -> tuple[dict[str, Any], bytes]:
     if not path.is_dir():
         raise InputError(f"bundle {str(path)!r} is not a folder. Name the folder that `edgeflex export` wrote.")
     source = path / MANIFEST_NAME
+    require_manifest(source)
     try:
         raw = read_bytes(source, "the bundle's manifest")
         document = json.loads(raw)
@@ -184,6 +187,27 @@ def _refuse(path: Path, faults: list[str]) -> None:
         return
     rest = f"; and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
     raise BundleError(f"bundle {str(path)!r} is damaged: {'; '.join(faults[:_MOST_NAMED])}{rest}. {_REMEDY}")
+
+
+def _seal_faults(manifest: DecoderManifest) -> Iterator[str]:
+    """Give what of a manifest is not as it was written: a changed number there can mean other text, and no error."""
+    if manifest.plan.graph_digest != manifest.graph.digest():
+        yield f"{MANIFEST_NAME}: its graph is not the one that was planned"
+    if manifest.layout_digest not in {None, _layout_digest(manifest)}:
+        yield f"{MANIFEST_NAME}: what it says of matrices or programs was changed"
+
+
+def _layout_digest(manifest: DecoderManifest) -> str:
+    """Return the SHA-256 of where every matrix lies, and of what every program is for."""
+    digest = hashlib.sha256()
+    for one in manifest.matrices:
+        place = (one.name, one.precision.value, one.rows, one.columns, one.file, one.offset, one.scales_offset)
+        digest.update(f"{place!r}\n".encode())
+    for program in manifest.programs:
+        precision = program.precision.value if program.precision is not None else None
+        use = (program.role, program.layer, precision, program.path, program.data)
+        digest.update(f"{use!r}\n".encode())
+    return digest.hexdigest()
 
 
 def _file_faults(path: Path, entries: Iterable[FileEntry]) -> Iterator[str]:

@@ -206,14 +206,25 @@ class MatrixRate(Noun):
     seconds: float
 
 
+class TokenRatio(Noun):
+    """How many times longer matrices of one row take within a decoded token than by themselves, as measured.
+
+    ``dense``: of attention, shared experts and the head, which every token uses; ``experts``: of the chosen ones.
+    """
+
+    precision: Precision
+    threads: int
+    dense: float
+    experts: float
+
+
 class DecoderRates(Document):
     """What this machine does with this decoder's shapes; measured, never assumed.
 
     ``read_bytes_per_s`` is the store's rate with as many reads in flight as the runtime keeps, and
     ``first_read_bytes_per_s`` the same where each expert's hash is checked, as at its first use.
     ``other_token_s`` is what a decoded token costs beside matrices (attention, norms, routing, the loop).
-    ``in_token`` is how many times longer matrices of one row take within a token than by themselves; their seconds
-    hold it already.
+    ``matrices`` were timed by themselves; within a token those of one row take ``token_ratios`` times as long.
     """
 
     device: str
@@ -224,7 +235,7 @@ class DecoderRates(Document):
     memory_bytes_per_s: float
     other_token_s: float
     other_prefill_token_s: float
-    in_token: float = 1.0
+    token_ratios: tuple[TokenRatio, ...] = ()
     runtime_bytes: int
 
 
@@ -442,6 +453,7 @@ class DecoderManifest(Document):
     """A decoder's bundle. Experts' matrices are in ``matrices`` too, each expert in a file of its own.
 
     ``points`` are replays of the calibration's trace with the planned sizes, at other sizes of the cache.
+    ``layout_digest`` is the SHA-256 of all that ``matrices`` and ``programs`` say; bundles of before have none.
     """
 
     kind: Literal["decoder"] = "decoder"
@@ -458,6 +470,12 @@ class DecoderManifest(Document):
     reference_perplexity: float | None = None
     router_agreement: float | None = None
     points: tuple[MissPoint, ...] = ()
+    layout_digest: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_layout(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what bundles of before do not have, so that their digests stay what they were."""
+        return without_absent(write(self), "layout_digest")
 
 
 # --- run ---------------------------------------------------------------------------------------------
@@ -529,6 +547,14 @@ class DecoderBench(Document):
     runs: tuple[DecoderRunStats, ...]
     checks: tuple[Check, ...]
     device: DeviceRecord | None = None
+
+
+class DecoderVerify(Document):
+    """What a check of a decoder's files, packed weights, answers and limits found."""
+
+    kind: Literal["decoder"] = "decoder"
+    manifest_digest: str
+    checks: tuple[Check, ...]
 
 
 class DeviceSimulation(Document):

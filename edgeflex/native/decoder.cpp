@@ -34,7 +34,9 @@ void check_spec(const DecoderSpec& s) {
       refuse(name + ": top_k is between 1 and the number of experts, and expert_dim at least 1");
     }
     if (layer.experts <= 0 && layer.dense_dim < 1) refuse(name + ": a dense layer needs dense_dim");
-    if (layer.shared_dim < 0) refuse(name + ": shared_dim is negative");
+    if (layer.experts < 0 || layer.expert_dim < 0 || layer.dense_dim < 0 || layer.shared_dim < 0) {
+      refuse(name + ": a number of experts or a dimension is negative");
+    }
   }
 }
 

@@ -83,7 +83,7 @@ void Engine::place_smalls() {
 }
 
 void Engine::set_small(int layer, int which, const float* from, size_t count) {
-  if (layer >= spec_.layers || which < 0 || which >= kSmalls) refuse("no such tensor in this decoder");
+  if (layer < -1 || layer >= spec_.layers || which < 0 || which >= kSmalls) refuse("no such tensor in this decoder");
   const size_t wanted = small_count(layer, which);
   if (count != wanted || count == 0) {
     refuse(std::string(kSmallNames[which]) + " has " + std::to_string(count) + " values; this decoder needs " +
@@ -96,7 +96,7 @@ void Engine::set_small(int layer, int which, const float* from, size_t count) {
 
 void Engine::set_big(int layer, int which, int precision, size_t rows, size_t columns, const uint8_t* packed,
                      size_t bytes) {
-  if (layer >= spec_.layers || which < 0 || which >= kBigs) refuse("no such matrix in this decoder");
+  if (layer < -1 || layer >= spec_.layers || which < 0 || which >= kBigs) refuse("no such matrix in this decoder");
   const auto shape = big_shape(layer, which);
   if (rows != shape.first || columns != shape.second || rows == 0) {
     refuse(std::string(kBigNames[which]) + " is " + std::to_string(rows) + " x " + std::to_string(columns) +

@@ -8,6 +8,7 @@ does not depend on the size of the cache, the policy, prefetching or threads.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from edgeflex.files import sha256_file
 from edgeflex.progress import Silent
 from edgeflex.runtimes.engines import DeviceRequest, open_device, open_engine, require_engine
 from edgeflex.runtimes.expert_cache import ExpertCache
-from edgeflex.runtimes.generation import Run, counted_since
+from edgeflex.runtimes.generation import Run, alone, counted_since
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.policies import make_policy
 from edgeflex.runtimes.prefetch import EarlyRouter, Predictor
@@ -29,7 +30,7 @@ from edgeflex.runtimes.recorder import memory_now
 from edgeflex.runtimes.residency import Pass, Residency, cache_limit, trace_of
 from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
 from edgeflex.schema import Conditions
-from edgeflex.schema_moe import DecoderRunStats, TokenTime
+from edgeflex.schema_moe import DecoderRunStats
 from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ class Settings:
 
 
 class DecoderSession:
-    """A bundle ready to answer; a context manager that loads inside ``with``. One thread of control at a time.
+    """A bundle ready to answer; a context manager that loads inside ``with``. One generation at a time.
+
+    Threads that share a session wait for each other's calls, and for each other's tokens one by one.
+
+    Attributes:
+        control: Held while engine and cache are used.
 
     Args:
         folder: The bundle.
@@ -123,6 +129,7 @@ class DecoderSession:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         plan, chosen = manifest.plan, settings or Settings()
+        self.control = threading.RLock()
         self.folder = folder
         self.manifest = manifest
         self.policy = chosen.policy or plan.policy
@@ -188,8 +195,9 @@ class DecoderSession:
         """Close."""
         self.close()
 
+    @alone
     def close(self) -> None:
-        """Give everything back; a second call does nothing. ``stats`` of the last generation stay readable."""
+        """Give everything back; a second call does nothing."""
         if self._experts is not None:
             self._experts.close()
         if self._engine is not None:
@@ -197,6 +205,7 @@ class DecoderSession:
         self._engine = self._experts = self._store = self._device_stats = None
         self._dense = None
         self._unseen_bytes = int
+        self._run, self._position, self._unread = None, 0, []
 
     @property
     def load_s(self) -> float:
@@ -221,6 +230,7 @@ class DecoderSession:
         """How experts are read: ``direct`` (past the page cache) or ``buffered`` (dropped from it after reading)."""
         return self._opened()[1].reading
 
+    @alone
     def trace(self) -> Trace:
         """Return the routing of all generations so far, for which ``Settings.record`` asked.
 
@@ -256,6 +266,7 @@ class DecoderSession:
 
     # --- answering ------------------------------------------------------------------------------------
 
+    @alone
     def generate(
         self,
         prompt: Sequence[int],
@@ -281,23 +292,21 @@ class DecoderSession:
             InputError: The prompt is empty or too long, or a token does not exist.
             DeviceError: The session is closed.
         """
-        engine, experts = self._opened()
-        tokens = [*(self._unread if continued else ()), *prompt]
-        position = self._position if continued else 0
+        _, experts = self._opened()
+        position, unread = (self._position, self._unread) if continued else (0, [])
+        tokens = [*unread, *prompt]
         self._check_prompt(prompt, position + len(tokens), max_tokens)
         if self._disturbed:
             experts.reset(self._new_cache() if self._settings.device is None else experts.cache)
             self._disturbed = False
-        self._position, self._unread = position, []
+        self._position, self._unread = position, unread
         number = 0 if self._run is None else self._run.number + 1
         run = Run(number, len(prompt), experts.cache.stats(), experts.uses(), experts.cache.occupancy())
         self._run = run
-        return self._answer(engine, experts, run, tokens, max_tokens, sampler or Sampler(), stops)
+        return self._answer(run, tokens, max_tokens, sampler or Sampler(), stops)
 
     def _answer(
         self,
-        engine: DecoderEngine,
-        experts: Residency,
         run: Run,
         prompt: Sequence[int],
         max_tokens: int,
@@ -305,38 +314,50 @@ class DecoderSession:
         stops: Callable[[int], bool] | None,
     ) -> Generator[int, None, None]:
         try:
-            self._disturbed = True  # until a pass has ended well
-            start = self._begin(engine, experts)
-            self._read(engine, experts, run, prompt)
             while True:
-                token = sampler(engine.logits())
-                self._note(engine, experts, run, token, self._clock() - start)
-                ended = self._ended(run, token, max_tokens, stops)
-                self._disturbed = False
-                run.stopped_by = ended or "interrupt"  # what is true if the caller leaves here
+                with self.control:
+                    token = self._next(run, prompt, sampler)
+                    ended = self._ended(run, token, max_tokens, stops)
+                    self._disturbed = False
+                    run.stopped_by = ended or "interrupt"  # what is true if the caller leaves here
                 yield token
                 if ended:
                     return
-                self._refuse_rival(run)
-                self._disturbed = True
-                start = self._begin(engine, experts)
-                experts.begin(Pass(run.number, self._position, 0, decoding=True))
-                self._forward(engine, experts, [token])
-                if len(run.tokens) % _DRAIN_PASSES == 0:
-                    experts.settle()
         except KeyboardInterrupt:
             run.stopped_by = "interrupt"
 
-    def _refuse_rival(self, run: Run) -> None:
-        if self._run is not run or self._engine is None:
+    def _next(self, run: Run, prompt: Sequence[int], sampler: Callable[[NDArray[np.float32]], int]) -> int:
+        """Read the prompt, or else the last token, and return the token that follows."""
+        if self._run is not run:
             raise DeviceError("another generation was begun on this session, or it was closed. Begin anew.")
+        engine, experts = self._opened()
+        self._disturbed = True  # until a pass has ended well
+        engine.times()
+        experts.wait_s = 0.0
+        start = self._clock()
+        if run.tokens:
+            experts.begin(Pass(run.number, self._position, 0, decoding=True))
+            self._forward(engine, experts, run.tokens[-1:])
+            if len(run.tokens) % _DRAIN_PASSES == 0:
+                experts.settle()
+        else:
+            self._read(engine, experts, run, prompt)
+        token = sampler(engine.logits())
+        self._unread = [token]
+        run.note(token, self._clock() - start, engine.times(), experts.wait_s)
+        return token
 
     def _read(self, engine: DecoderEngine, experts: Residency, run: Run, prompt: Sequence[int]) -> None:
-        """Read a prompt in chunks; the logits of its last token are there afterwards."""
-        for first in range(0, len(prompt), self.chunk_tokens):
-            experts.begin(Pass(run.number, self._position, first // self.chunk_tokens, decoding=False))
-            self._forward(engine, experts, prompt[first : first + self.chunk_tokens])
-        experts.settle()
+        """Read a prompt in chunks, all of it or nothing; the logits of its last token are there afterwards."""
+        before = self._position, self._unread
+        try:
+            for first in range(0, len(prompt), self.chunk_tokens):
+                experts.begin(Pass(run.number, self._position, first // self.chunk_tokens, decoding=False))
+                self._forward(engine, experts, prompt[first : first + self.chunk_tokens])
+            experts.settle()
+        except BaseException:
+            self._position, self._unread = before
+            raise
 
     def _forward(self, engine: DecoderEngine, experts: Residency, tokens: Sequence[int]) -> None:
         """Run one forward pass."""
@@ -346,22 +367,6 @@ class DecoderSession:
             missing = engine.resume()
         self._position += len(tokens)
         self._unread = []
-
-    def _begin(self, engine: DecoderEngine, experts: Residency) -> float:
-        engine.times()
-        experts.wait_s = 0.0
-        return self._clock()
-
-    def _note(self, engine: DecoderEngine, experts: Residency, run: Run, token: int, total_s: float) -> None:
-        times = engine.times()
-        self._unread = [token]
-        if run.tokens:
-            run.times.append(
-                TokenTime(total_s=total_s, dense_s=times.dense_s, expert_s=times.expert_s, wait_s=experts.wait_s)
-            )
-        else:
-            run.first_token_s = total_s
-        run.tokens.append(token)
 
     def _ended(self, run: Run, token: int, max_tokens: int, stops: Callable[[int], bool] | None) -> StoppedBy | None:
         if token in self.manifest.graph.end_tokens:
@@ -374,6 +379,7 @@ class DecoderSession:
 
     # --- what happened --------------------------------------------------------------------------------
 
+    @alone
     def stats(
         self, *, device: str = "this machine", before: Conditions | None = None, after: Conditions | None = None
     ) -> DecoderRunStats:
@@ -414,6 +420,7 @@ class DecoderSession:
             stopped_by=run.stopped_by,
         )
 
+    @alone
     def device_stats(self) -> DeviceStats:
         """Return what the device did with experts since the session was opened; call it between generations.
 
@@ -545,11 +552,13 @@ class DecoderSession:
         return ExpertCache(limit, self.store.sizes, policy, prefetch_worth=self._settings.prefetch_worth)
 
     def _predictor(self, engine: DecoderEngine, store: PackedStore) -> Guesser | None:
-        if not self.prefetch_depth:
+        layers = self._layers()
+        depth = min(self.prefetch_depth, len(layers) - 1)  # there is nothing further ahead, but counts take memory
+        if depth < 1:
             return None
         if self._settings.prefetch_by == "router":
-            return EarlyRouter(self._layers(), self.prefetch_depth, engine.guess)
-        return Predictor(self._layers(), store.sizes.shape[1], self._top_k(), self.prefetch_depth)
+            return EarlyRouter(layers, depth, engine.guess)
+        return Predictor(layers, store.sizes.shape[1], self._top_k(), depth)
 
 
 def stream_text(

@@ -116,7 +116,7 @@ class ExpertCache:
             self._check_event(layer, experts)
         self._present = (layer, experts)
         self._stays.event(decoding=decoding)
-        if self._resident_bytes < self._learning_bytes:
+        if self.learns:
             self._policy.use(step, layer, experts, weights, misses)
         if self._prefetched:
             self._settle_hits(layer, experts)
@@ -187,6 +187,11 @@ class ExpertCache:
     def resident_bytes(self) -> int:
         """Bytes of what is resident now, never above the limit."""
         return self._resident_bytes
+
+    @property
+    def learns(self) -> bool:
+        """Whether the policy is told of events that find all they need."""
+        return self._resident_bytes < self._learning_bytes
 
     @property
     def prefetch_stopped(self) -> bool:
@@ -365,6 +370,8 @@ def union_of(
         experts: ``[tokens, top_k]`` ids.
         weights: ``[tokens, top_k]``, or None when unknown.
     """
+    if len(experts) == 1 and weights is None:
+        return tuple(sorted(experts[0].tolist())), None
     if len(experts) == 1 and weights is not None:  # a decoded token: a tenth of the time, and the same bits
         union, parts = zip(*sorted(zip(experts[0].tolist(), weights[0].tolist(), strict=True)), strict=True)
         return union, parts_of_weight(parts)

@@ -125,6 +125,10 @@ class Read:
         if self._fault is not None:
             raise self._fault
 
+    def must_check(self) -> None:
+        """Compare the SHA-256 of what comes, asked for or not; call it before the last part has ended."""
+        self._check = True
+
     def _part_ended(self, fault: BaseException | None, ended_s: float) -> None:
         """Count one part; the last one checks the whole and lets the waiting go on."""
         with self._guard:
@@ -156,8 +160,10 @@ class _Files:
         self._flags = flags
         self._guard = threading.Lock()
         self._held: dict[Path, list[int]] = {}  # [descriptor, reads]; the least recently used first
+        self._first: dict[Path, tuple[int, ...]] = {}  # how each file was when it was first read
 
-    def take(self, file: Path) -> int:
+    def take(self, file: Path) -> tuple[int, bool]:
+        """Return a descriptor, to be given back, and whether the file is as it was when it was first read."""
         with self._guard:
             entry = self._held.pop(file, None)
             if entry is None:
@@ -165,7 +171,9 @@ class _Files:
                 entry = [self._open(str(file), self._flags), 0]
             entry[1] += 1
             self._held[file] = entry
-            return entry[0]
+            found = os.fstat(entry[0])
+            now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            return entry[0], self._first.setdefault(file, now) == now
 
     def give(self, file: Path) -> None:
         with self._guard:
@@ -202,6 +210,10 @@ class Mover:
         opened: ``os.open`` or what stands for it in a test of faults.
         read_into: ``os.preadv`` or what stands for it.
         clock: Seconds, rising.
+
+    Raises:
+        InputError: No readers, or parts that are no whole blocks.
+        DeviceError: The system starts no more threads.
     """
 
     def __init__(
@@ -226,8 +238,7 @@ class Mover:
         self._clock = clock
         self._parts: queue.SimpleQueue[_Part | threading.Barrier | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(readers)]
-        for thread in self._threads:
-            thread.start()
+        self._start()
         logger.debug("%d readers, %s reads, parts of %d bytes", readers, self.mode, chunk_bytes)
 
     def __enter__(self) -> Self:
@@ -238,13 +249,25 @@ class Mover:
         """Close."""
         self.close()
 
+    def _start(self) -> None:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self.close()
+            raise DeviceError(
+                f"no thread to read weights with could be started: {error}. Raise the limit on processes "
+                "(`ulimit -u`, or the container's), or end other programs."
+            ) from None
+
     def submit(self, record: Record, offset: int, *, check: bool) -> Read:
         """Start reading ``record`` to ``offset`` of the arena and return at once.
 
         Args:
             record: What to read.
             offset: A multiple of 4096; until the read is over, nothing else may use these bytes.
-            check: Compare the SHA-256 of what came.
+            check: Compare the SHA-256 of what came; where the file changed since its first read, that happens anyhow.
         """
         target = self._arena[offset : offset + record.size_bytes]
         # what is read next is split, to come soon; what waits behind it is read at one go, which disks do faster
@@ -262,9 +285,13 @@ class Mover:
     def drain(self) -> None:
         """Block until nothing is written any more of what was submitted so far, waited for or not."""
         meeting = threading.Barrier(len(self._threads) + 1)
-        for _ in self._threads:
-            self._parts.put(meeting)
-        meeting.wait()
+        try:
+            for _ in self._threads:
+                self._parts.put(meeting)
+            meeting.wait()
+        except BaseException:  # Ctrl-C: readers that came already would wait for ever
+            meeting.abort()
+            raise
 
     def close(self) -> None:
         """Finish what was submitted, stop the threads and close the files; a second call does nothing."""
@@ -295,7 +322,9 @@ class Mover:
 
     def _read(self, part: _Part) -> None:
         record = part.read.record
-        descriptor = self._files.take(record.file)
+        descriptor, unchanged = self._files.take(record.file)
+        if not unchanged:
+            part.read.must_check()
         try:
             _fill(part.target, lambda view, at: self._read_into(descriptor, [view], at), record, part.start)
             if self.mode == "buffered":

@@ -14,7 +14,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -112,6 +112,8 @@ class _DecoderSpec(ctypes.Structure):
     )
 
 
+_Spec = TypeVar("_Spec", _LayerSpec, _DecoderSpec)
+_WIDE = 1 << 31
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 _SIZE_OUT = ctypes.POINTER(_SIZE)
 _PACKED_ALIGNMENT = 64
@@ -738,22 +740,46 @@ def _place(name: str, known: Sequence[str]) -> tuple[int, int]:
     return min(layer, 2**31 - 1), known.index(kind)
 
 
+_MANY = 8  # events from which on looking for those that are alike pays
+
+
 def _parse_log(log: NDArray[np.int32]) -> list[Chosen]:
     """Split the native log: layer, tokens, top_k, size of the union, the union, ids, weights' bits."""
-    events, at = [], 0
+    events: list[Chosen] = []
+    at = 0
     while at < log.size:
-        layer, tokens, top_k, union = log[at : at + 4].tolist()
-        ids = at + 4 + union
-        weights, count = ids + tokens * top_k, tokens * top_k
-        experts = log[ids : ids + count].reshape(tokens, top_k)
-        events.append(Chosen(layer, experts, log[weights : weights + count].view(np.float32).reshape(tokens, top_k)))
-        at = weights + count
+        _, tokens, top_k, union = log[at : at + 4].tolist()
+        ids, count = 4 + union, tokens * top_k
+        width = ids + 2 * count
+        rest = log[at:]
+        # events of single tokens are alike and many: split all of them at once
+        rows = _alike(rest, width) if rest.size >= _MANY * width else rest[:width].reshape(1, width)
+        at += rows.size
+        experts = rows[:, ids : ids + count].reshape(len(rows), tokens, top_k)
+        weights = rows[:, ids + count :].view(np.float32).reshape(len(rows), tokens, top_k)
+        events += map(Chosen, rows[:, 0].tolist(), experts, weights)
     return events
+
+
+def _alike(log: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    """Return ``[events, width]``: the events from the first on that have as many tokens, ids and experts as it."""
+    rows = log[: log.size // width * width].reshape(-1, width)
+    other = (rows[:, 1:4] != rows[0, 1:4]).any(axis=1)
+    return rows[: int(other.argmax()) if other.any() else len(rows)]
+
+
+def _exact(kind: type[_Spec], /, **fields: Any) -> _Spec:
+    """Return a structure with these fields; ctypes would cut off the upper bits of a large number."""
+    wide = [f"{name} is {one}" for name, one in fields.items() if isinstance(one, int) and not -_WIDE <= one < _WIDE]
+    if wide:
+        raise InputError(f"{', '.join(wide)}: the engine takes whole numbers of 32 bits. Check the bundle's manifest.")
+    return kind(**fields)
 
 
 def _layer_spec(layer: DecoderLayer) -> _LayerSpec:
     routing = layer.routing
-    return _LayerSpec(
+    return _exact(
+        _LayerSpec,
         experts=routing.experts if routing else 0,
         top_k=routing.top_k if routing else 0,
         normalised=int(routing.normalised) if routing else 0,
@@ -774,7 +800,8 @@ def _spec_of(graph: DecoderGraph, sizes: tuple[int, int, int], *, half_cache: bo
         )
     layers = (_LayerSpec * len(graph.layers))(*(_layer_spec(layer) for layer in graph.layers))
     frequencies = (ctypes.c_float * max(1, len(attention.inverse_frequencies)))(*attention.inverse_frequencies)
-    return _DecoderSpec(
+    return _exact(
+        _DecoderSpec,
         layers=len(graph.layers),
         hidden=graph.hidden_dim,
         vocabulary=graph.vocabulary,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeflex.errors import DeviceError, InputError
-from edgeflex.runtimes.expert_cache import parts_of_weight, split_event, union_of
+from edgeflex.runtimes.expert_cache import split_event, union_of
 from edgeflex.runtimes.movers import BLOCK_BYTES, Mover, takes_direct
 from edgeflex.runtimes.slots import Slots
 from edgeflex.runtimes.trace import Trace
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     Key = tuple[int, int]
 
 
-# Reads of experts that nobody waits for yet: enough to keep a disk busy, few enough to wait behind.
-_EARLY_READS = 4
+# Bytes in flight of experts that nobody waits for yet: enough to keep a disk busy, few enough to wait behind.
+_EARLY_BYTES = 16 << 20
 
 
 class Pass(NamedTuple):
@@ -170,7 +170,7 @@ class Residency:
         events = self._take()
         present = events.pop()
         self._account(events)
-        union, weights = _union(present)
+        union, weights = union_of(present.experts, present.weights)
         self._note(present)
         for group in split_event(union, self._sizes[present.layer], self.cache.capacity_bytes):
             chosen = None if weights is None else tuple(weights[union.index(expert)] for expert in group)
@@ -226,7 +226,8 @@ class Residency:
     def _account(self, events: Sequence[Event]) -> None:
         """Tell the cache events that found all they needed."""
         for event in events:
-            union, weights = _union(event)
+            # nobody looks at the weights where nothing will leave
+            union, weights = union_of(event.experts, event.weights if self.cache.learns else None)
             outcome = self.cache.event(event.step, event.layer, union, weights, decoding=event.of.decoding)
             if outcome.misses:
                 raise DeviceError(
@@ -285,14 +286,16 @@ class Residency:
             self._early.extend(sorted(self._store.experts))
 
     def _read_early(self) -> None:
-        """Start reading the next experts that nobody asked for yet, a few at a time."""
+        """Start reading the next experts that nobody asked for yet, so many that one asked for comes soon after."""
         self._early_reads = [read for read in self._early_reads if not read.done]
-        while self._early and len(self._early_reads) < _EARLY_READS:
+        flying_bytes = sum(read.record.size_bytes for read in self._early_reads)
+        while self._early and flying_bytes < _EARLY_BYTES:
             key = self._early.popleft()
             if key not in self._reads and key not in self._bound:
                 self._place(key)
                 self._reads[key] = self._submit(key)
                 self._early_reads.append(self._reads[key])
+                flying_bytes += self._reads[key].record.size_bytes
 
     def _place(self, key: Key) -> None:
         _, moves = self._slots.place(key, self._store.experts[key].record.size_bytes)
@@ -348,15 +351,6 @@ class Residency:
             self._bind(key)
             count += 1
         return count
-
-
-def _union(event: Event) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    """Return what ``union_of`` does; a decoded token, the usual event, takes a tenth of the time."""
-    if event.experts.shape[0] > 1:
-        return union_of(event.experts, event.weights)
-    pairs = sorted(zip(event.experts[0].tolist(), event.weights[0].tolist(), strict=True))
-    union, weights = zip(*pairs, strict=True)
-    return union, parts_of_weight(weights)
 
 
 def trace_of(events: Sequence[Event], store: PackedStore, name: str) -> Trace:

@@ -94,7 +94,8 @@ class Sampler:
         if self._random is None:
             return best
         candidates = _largest(logits, self.top_k)
-        shifted = (logits[candidates].astype(np.float64) - float(logits[best])) / self.temperature
+        with np.errstate(over="ignore"):  # next to zero, all but the likeliest are out of reach
+            shifted = (logits[candidates].astype(np.float64) - float(logits[best])) / self.temperature
         weights = np.exp(shifted)
         if self.top_p is not None:
             kept = _nucleus(weights, self.top_p)
@@ -175,8 +176,10 @@ class TextStream:
         piece = after[before : len(after) - held]
         if held:
             self._said += len(piece)
-        else:
-            self._context, self._done, self._said = self._done, len(self._ids), 0
+            return piece
+        if piece or self._said:  # tokens without text join nothing: the text after them joins what stands before them
+            self._context = self._done
+        self._done, self._said = len(self._ids), 0
         return piece
 
     def _text(self, start: int, end: int) -> str:

@@ -238,7 +238,8 @@ def _drop_checks(plan: Plan, answers: _Answers, reference_accuracy: float) -> li
     limit = certificate.drop_limit if certificate else plan.budget.max_drop
     if limit is None:
         return []
-    promised = certificate.drop if certificate else (plan.predicted_drop or 0.0)
+    # as in plan and report; what the certificate's images showed stands in where the plan foretold none
+    promised = plan.predicted_drop if plan.predicted_drop is not None else certificate.drop if certificate else 0.0
     drop = reference_accuracy - float(answers.answered.mean())
     samples = len(answers.answered)
     if answers.reference is not None:

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import tracemalloc
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -239,6 +241,16 @@ def test_prefetch_counts_what_it_read_and_what_of_it_was_used(bundle, expected, 
 # --- where generation ends -----------------------------------------------------------------------------
 
 
+def test_layers_that_do_not_exist_are_not_prefetched_and_take_no_memory(bundle, expected):
+    tracemalloc.start()
+    try:
+        with DecoderSession.from_bundle(bundle, Settings(40 << 10, prefetch_depth=30_000)) as session:
+            assert list(session.generate(PROMPT, NEW)) == expected
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_it_ends_at_length_at_a_stop_and_at_the_end_of_the_context(bundle, expected):
     with DecoderSession.from_bundle(bundle) as session:
         assert list(session.generate(PROMPT, 4)) == expected[:4]
@@ -278,6 +290,73 @@ def test_two_generations_at_once_on_one_session_are_refused(bundle):
         next(session.generate(PROMPT, NEW))
         with pytest.raises(DeviceError, match="another generation"):
             next(old)
+
+
+def test_a_generation_that_another_overtook_says_nothing(bundle, expected):
+    with DecoderSession.from_bundle(bundle) as session:
+        old = session.generate([1, 2, 3], 1)  # not begun yet: it would be read behind the other's prompt
+        assert list(session.generate(PROMPT, NEW)) == expected
+        with pytest.raises(DeviceError, match="another generation"):
+            next(old)
+        assert session.stats().tokens == tuple(expected)
+
+
+def test_a_session_that_opens_again_knows_nothing_of_before(bundle, expected):
+    session = DecoderSession.from_bundle(bundle)
+    with session:
+        old = session.generate(PROMPT, NEW)
+        next(old)
+    with session:
+        assert session.position == 0
+        with pytest.raises(DeviceError, match="nothing was generated"):
+            session.stats()
+        with pytest.raises(DeviceError, match="closed"):
+            next(old)
+        assert list(session.generate(PROMPT, NEW, continued=True)) == expected
+
+
+@pytest.mark.parametrize("second", ["generate", "close", "stats"])
+def test_threads_that_share_a_session_wait_for_each_other(bundle, expected, second):
+    inside, go_on = threading.Event(), threading.Event()
+    heard: list[Any] = []
+
+    def sampler(logits):
+        inside.set()
+        go_on.wait(20)
+        return int(logits.argmax())
+
+    def answer() -> None:
+        heard.append(next(said))
+        other.join(20)
+        if second == "stats":
+            heard.append(next(said))
+            return
+        with pytest.raises(DeviceError, match="another generation"):
+            next(said)
+
+    with DecoderSession.from_bundle(bundle, Settings(40 << 10)) as session:
+        said = session.generate(PROMPT, NEW, sampler)
+        acts = {
+            "generate": lambda: heard.append(list(session.generate(PROMPT, NEW))),
+            "close": session.close,
+            "stats": lambda: heard.append(len(session.stats().tokens)),
+        }
+        first, other = threading.Thread(target=answer), threading.Thread(target=acts[second])
+        first.start()
+        assert inside.wait(20)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        assert heard == []
+        go_on.set()
+        other.join(20)
+        first.join(20)
+    wanted: dict[str, list[Any]] = {
+        "generate": [expected[0], expected],
+        "close": expected[:1],
+        "stats": [expected[0], 1, expected[1]],
+    }
+    assert sorted(heard, key=str) == sorted(wanted[second], key=str)
 
 
 @pytest.fixture
@@ -322,6 +401,30 @@ def test_control_c_while_experts_are_read_keeps_what_was_said(bundle, expected, 
         assert session.stats().stopped_by == "length"
 
 
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("at", [0, 12])
+def test_control_c_while_a_prompt_is_read_leaves_the_conversation_as_it_was(bundle, at):
+    more = [5, 6, *PROMPT]  # two chunks
+    reads = count()
+
+    def interrupting(descriptor, buffers, offset):
+        if armed and next(reads) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return os.preadv(descriptor, buffers, offset)
+
+    armed = False
+    with opened(bundle, Settings(40 << 10), read_into=interrupting) as session:
+        list(session.generate(PROMPT, 9))
+        whole = list(session.generate(more, 12, continued=True))
+        list(session.generate(PROMPT, 9))
+        armed = True
+        assert list(session.generate(more, 12, continued=True)) == []
+        assert session.stats().stopped_by == "interrupt"
+        assert session.position == len(PROMPT) + 8
+        session.generate([1, 2], 3, continued=True).close()  # nor does one that was never begun
+        assert list(session.generate(more, 12, continued=True)) == whole
+
+
 # --- faults --------------------------------------------------------------------------------------------
 
 
@@ -363,6 +466,20 @@ def test_a_packed_expert_that_is_damaged_while_running_is_never_used(own, fault,
             path.unlink()
         with pytest.raises(BundleError, match=r"layer-002\.bin"):
             list(session.generate(PROMPT, NEW))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_experts_that_change_after_they_were_checked_are_never_used(own, expected, depth):
+    with DecoderSession.from_bundle(own, Settings(40 << 10, prefetch_depth=depth)) as session:
+        assert list(session.generate(PROMPT, NEW)) == expected
+        files = {expert.record.file: expert.record.file.read_bytes() for expert in session.store.experts.values()}
+        for path, raw in files.items():
+            path.write_bytes(bytes(byte ^ (place % 97 == 5) for place, byte in enumerate(raw)))
+        with pytest.raises(BundleError, match="SHA-256 differs"):
+            list(session.generate(PROMPT, NEW))
+        for path, raw in files.items():
+            path.write_bytes(raw)
+        assert list(session.generate(PROMPT, NEW)) == expected
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])

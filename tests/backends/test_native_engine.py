@@ -627,6 +627,17 @@ def test_an_impossible_graph_is_refused():
         Engine(GRAPHS["plain"], context_tokens=8, chunk_tokens=2, threads=0)
 
 
+@pytest.mark.parametrize("field", ["dense_dim", "shared_dim", "expert_dim"])
+def test_dimensions_that_no_layer_has_are_refused_before_memory_is_asked_for(field):
+    graph = GRAPHS["plain"]
+    for size, text in ((-1, "negative|at least 1"), (1 << 32 | 64, "32 bits"), (1 << 31, "32 bits")):
+        layers = tuple(layer.model_copy(update={field: size}) for layer in graph.layers)
+        with pytest.raises(InputError, match=text):
+            Engine(graph.model_copy(update={"layers": layers}), context_tokens=8, chunk_tokens=2, threads=1)
+    with pytest.raises(InputError, match="context_tokens is 4294967304"):
+        Engine(graph, context_tokens=(1 << 32) + 8, chunk_tokens=2, threads=1)
+
+
 # --- libraries ---------------------------------------------------------------------------------------
 
 

@@ -120,12 +120,13 @@ def test_logits_of_a_session_are_the_references_to_rounding(lab, bundles):
 
 
 @of(*ONCE)
-def test_what_is_routed_is_what_the_reference_routes(lab, bundles):
+@pytest.mark.parametrize("chunk", [8, 3, 1])
+def test_what_is_routed_is_what_the_reference_routes(lab, bundles, chunk):
     routed = bundles.exact_reference().forward(torch.tensor([LONG])).routed
     with lab.loaded(lab.exact()) as loaded:
-        loaded.chunked(LONG, 8)
+        loaded.chunked(LONG, chunk)
         events = loaded.engine.take_events()
-    assert [one.layer for one in events] == list(ROUTED) * 4
+    assert [one.layer for one in events] == list(ROUTED) * -(-len(LONG) // chunk)
     for layer in ROUTED:
         ours = [one for one in events if one.layer == layer]
         assert np.array_equal(np.concatenate([one.experts for one in ours]), routed[layer].experts.numpy())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from edgeflex.bundle_moe import (
     write_decoder_manifest,
 )
 from edgeflex.errors import BundleError, InputError
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import StockProgram
 from tests.tiny_decoder import write_tiny_bundle
 from tests.toy_bundle import write_toy_bundle
 
@@ -60,7 +64,7 @@ def test_a_manifest_that_is_written_is_read_back(folder):
     entry = seal_file(folder, "tokenizer.json", TOKENIZER)
     more = manifest.model_copy(update={"files": (*manifest.files, entry)})
     bundle = write_decoder_manifest(folder, more)
-    assert bundle.manifest == more
+    assert bundle.manifest == more.model_copy(update={"layout_digest": bundle.manifest.layout_digest})
     assert bundle.role(TOKENIZER) == folder / "tokenizer.json"
     with pytest.raises(BundleError, match="no 'spoken' file"):
         bundle.role("spoken")
@@ -176,6 +180,37 @@ def test_manifests_that_lie_are_refused(folder, change, said):
         open_decoder_bundle(folder)
 
 
+def test_no_digit_of_graph_matrices_or_programs_changes_unseen(folder):
+    manifest = open_decoder_bundle(folder).manifest
+    program = StockProgram(role="expert", layer=2, precision=Precision.INT8_DYNAMIC, path=EXPERT, data=(EXPERT,))
+    sealed = write_decoder_manifest(folder, manifest.model_copy(update={"programs": (program,)})).manifest
+    path = folder / MANIFEST_NAME
+    text = path.read_text()
+    digits = [found.start() for found in re.finditer("[0-9]", text)]
+    draw = random.Random(0)
+    unseen = 0
+    for place in draw.sample(digits, 1500):
+        digit = draw.choice([one for one in "0123456789" if one != text[place]])
+        path.write_text(text[:place] + digit + text[place + 1 :])
+        try:
+            found = open_decoder_bundle(folder).manifest
+        except BundleError:
+            continue
+        unseen += 1
+        # hashes of files are compared when these are read, the plan's figures change no text, some digits no number
+        same = {name: getattr(sealed, name) for name in ("files", "plan", "layout_digest")}
+        assert found.model_copy(update=same) == sealed
+    assert unseen < 1500
+
+
+def test_bundles_without_a_digest_of_their_layout_still_open(folder):
+    manifest = open_decoder_bundle(folder).manifest
+    assert manifest.layout_digest is None
+    assert "layout_digest" not in manifest.model_dump(mode="json")
+    sealed = write_decoder_manifest(folder, manifest).manifest
+    assert sealed.model_copy(update={"layout_digest": None}) == manifest
+
+
 def test_kinds_of_bundles_are_told_apart(folder, tmp_path):
     assert bundle_kind(folder) == "decoder"
     exits = write_toy_bundle(tmp_path / "exits").path
@@ -199,7 +234,7 @@ def test_what_is_no_bundle_is_told(tmp_path):
     for ask in (open_decoder_bundle, bundle_kind):
         with pytest.raises(InputError, match="not a folder"):
             ask(tmp_path / "none")
-        with pytest.raises(BundleError, match="does not exist"):
+        with pytest.raises(BundleError, match="holds no manifest"):
             ask(tmp_path)
 
 

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from edgeflex.runtimes.decoder_rates import ReadTimes, read_line, walked_bytes
+from edgeflex.runtimes.decoder_rates import measure_rates, walked_bytes
+from edgeflex.runtimes.read_times import ReadTimes, read_line
+from edgeflex.runtimes.synthetic import Routing, synthetic_trace
 from edgeflex.schema import Precision
-from tests.tiny_decoder import tiny_graph
+from edgeflex.schema_moe import DECODER_PRECISIONS
+from tests.tiny_decoder import EXPERTS, LAYERS, TOP_K, tiny_graph
+
+TRACE = synthetic_trace("zipf", Routing(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, tokens=20, expert_bytes=4096))
 
 
 def test_a_line_gives_back_the_latency_and_the_rate_that_made_it() -> None:
@@ -35,6 +40,22 @@ def test_a_matrix_is_timed_over_the_decoders_own_bytes_and_no_more_than_no_cache
     assert walked_bytes(graph, Precision.FP32) == 4 * weights
     large = graph.model_copy(update={"vocabulary": 1 << 22})
     assert walked_bytes(large, Precision.INT8_DYNAMIC) == 128 << 20
+
+
+def test_matrices_are_measured_within_a_token_for_each_precision_and_number_of_threads(tmp_path: Path) -> None:
+    rates = measure_rates(tiny_graph(), tmp_path, TRACE, device="this one", threads=(1, 2), memory_bytes_per_s=1e10)
+    measured = {(one.precision, one.threads) for one in rates.token_ratios}
+    assert measured == {(precision, count) for precision in DECODER_PRECISIONS for count in (1, 2)}
+    assert all(one.dense > 0 and one.experts > 0 for one in rates.token_ratios)
+
+
+def test_what_a_precision_does_not_fit_is_int8_within_a_token(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    uneven = tuple(layer.model_copy(update={"expert_dim": 24}) for layer in graph.layers)
+    rates = measure_rates(
+        graph.model_copy(update={"layers": uneven}), tmp_path, TRACE, device="this one", memory_bytes_per_s=1e10
+    )
+    assert {one.precision for one in rates.token_ratios} == {Precision.FP32, Precision.INT8_DYNAMIC}
 
 
 def test_reads_are_measured_with_what_the_clock_says_and_leave_no_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import mmap
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -230,6 +231,78 @@ def test_draining_waits_for_reads_that_nobody_waits_for(stored):
         mover.drain()
         assert memory.tobytes() == b"".join(parts[:3])
         mover.submit(records[5], 0, check=True).wait()
+
+
+def test_an_interrupted_drain_leaves_readers_that_read_on_and_end(stored):
+    records, parts = stored
+    gate, began = threading.Event(), threading.Event()
+
+    def waiting(descriptor, buffers, offset):
+        began.set()
+        gate.wait(20)
+        return os.preadv(descriptor, buffers, offset)
+
+    def interrupt() -> None:
+        began.wait(20)
+        time.sleep(0.1)  # until the other reader waits for the one that reads
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    memory = arena(BLOCKS)
+    mover = Mover(memory, direct=False, readers=2, read_into=waiting)
+    try:
+        mover.submit(records[0], 0, check=True)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            mover.drain()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gate.set()
+    again = mover.submit(records[1], 0, check=True)
+    deadline = time.monotonic() + 10
+    while not again.done and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert again.done
+    assert memory.tobytes() == parts[1]
+    mover.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_changed_since_its_first_read_is_hashed_again(stored, replaced):
+    records, parts = stored
+    path = records[0].file
+    raw = bytearray(path.read_bytes())
+    raw[5] ^= 1
+    memory = arena(BLOCKS)
+    with Mover(memory, direct=False) as mover:
+        mover.submit(records[0], 0, check=True).wait()
+        if replaced:  # a file that is open stays what it was; others take its place among those that are
+            for index in range(20):
+                other = path.with_name(f"other-{index}.bin")
+                other.write_bytes(parts[1])
+                mover.submit(records[1]._replace(file=other, offset=0), 0, check=True).wait()
+            path.unlink()
+        path.write_bytes(raw)
+        with pytest.raises(BundleError, match="SHA-256 differs"):
+            mover.submit(records[0], 0, check=False).wait()
+        mover.submit(records[1], 0, check=False).wait()  # sound still
+    assert memory.tobytes() == parts[1]
+
+
+def test_threads_that_the_system_refuses_are_an_error_with_a_remedy(monkeypatch):
+    start = threading.Thread.start
+    begun: list[threading.Thread] = []
+
+    def refusing(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    with pytest.raises(DeviceError, match=r"no thread .*ulimit -u"):
+        Mover(arena(BLOCKS), direct=False)
+    assert not any(thread.is_alive() for thread in begun)
 
 
 def test_parts_that_are_no_whole_blocks_are_refused():

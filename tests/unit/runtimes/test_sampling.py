@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -97,6 +103,15 @@ def test_a_nucleus_wider_than_the_sorted_head_is_still_exact():
     assert max(drawn) > 1200
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-30, 1.7e308])
+def test_temperatures_at_the_edge_of_numbers_draw_without_a_warning(temperature: float):
+    logits = np.random.default_rng(0).normal(size=500, scale=9.0).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = {Sampler(temperature=temperature, seed=seed)(logits) for seed in range(30)}
+    assert drawn == {int(logits.argmax())} if temperature < 1 else len(drawn) > 20
+
+
 def test_top_k_of_one_is_greedy_at_any_temperature():
     logits = np.random.default_rng(1).normal(size=100).astype(np.float32)
     assert {Sampler(temperature=5.0, top_k=1, seed=s)(logits) for s in range(20)} == {int(logits.argmax())}
@@ -135,6 +150,29 @@ def test_byte_fallback_tokens_never_print_half_a_character():
     stream = TextStream(tokenizer)
     said = [stream.feed(byte) for byte in "é😀é".encode()]
     assert said == ["", "é", "", "", "", "😀", "", "é"]
+
+
+def piece_tokenizer(decoder: str) -> Tokenizer:
+    """Return a tokenizer whose decoder joins tokens by what stands before them, and that has special ones."""
+    words = ["<unk>", "<s>", "▁Hello", "▁world", "llo", "##s", "▁", ".", "中"]
+    tokenizer = Tokenizer(models.WordPiece(vocab={word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>"])
+    stripped = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    known: dict[str, Callable[[], Any]] = {
+        "llama": lambda: decoders.Sequence(stripped),
+        "metaspace": decoders.Metaspace,
+        "word pieces": decoders.WordPiece,
+    }
+    tokenizer.decoder = known[decoder]()
+    return tokenizer
+
+
+@pytest.mark.parametrize("decoder", ["llama", "metaspace", "word pieces"])
+@given(ids=st.lists(st.integers(0, 8), max_size=10))
+def test_special_tokens_within_a_text_take_no_space_with_them(decoder: str, ids: list[int]):
+    tokenizer = piece_tokenizer(decoder)
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(ids)
 
 
 @given(st.text(alphabet="ab\n", max_size=20), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))

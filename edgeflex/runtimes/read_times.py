@@ -1,0 +1,158 @@
+"""What the disk gives a decoder: reads through the runtime's own readers, in records as large as an expert.
+
+They are taken in batches such as events miss them, with a decoder's computing between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeflex.runtimes.movers import Mover, Record, takes_direct
+from edgeflex.runtimes.pages import private_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    Clock = Callable[[], float]
+
+_READ_BYTES = 256 << 20  # larger than what a disk's own cache gives back at once
+_BATCHES = (1, 2, 4)  # experts that one event of a layer misses
+_LEAST_TURNS, _MOST_TURNS = 3, 240
+_LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less is the rounding of sums
+_PAUSE_S = 2e-4  # about what a layer computes between two reads
+
+
+class ReadTimes:
+    """Times records read from a file on the disk, in batches such as events miss them; a context.
+
+    A disk's speed, and how soon an idle thread awakes, change within seconds. So turns are taken one by one,
+    wherever the caller has time between other work, and the medians of all stand.
+
+    Args:
+        folder: On the disk; a file is written there and removed.
+        record_bytes: Of one read.
+        clock: Gives seconds.
+
+    Raises:
+        DeviceError: The disk is full or fails.
+    """
+
+    def __init__(self, folder: Path, record_bytes: int, clock: Clock = time.perf_counter) -> None:
+        self._record_bytes, self._clock = record_bytes, clock
+        turn_bytes = sum(_BATCHES) * record_bytes
+        self.turns = int(np.clip(2 * _READ_BYTES // turn_bytes, _LEAST_TURNS, _MOST_TURNS))
+        self._seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as kept:
+            count = max(4, _READ_BYTES // record_bytes)
+            self._path = kept.enter_context(_written(folder, count, record_bytes))
+            order = np.random.default_rng(1).permutation(count)
+            self._places, self._checked = cycle(order[: count // 2].tolist()), order[count // 2 :]
+            memory = private_pages(4 * record_bytes)
+            self._mover = kept.enter_context(Mover(memory, direct=takes_direct(self._path)))
+            self._kept = kept.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept.close()
+
+    def turn(self) -> None:
+        """Read one batch of each size, with a decoder's computing before each."""
+        for count in _BATCHES:
+            places = islice(self._places, count)
+            records = [_record(self._path, place, self._record_bytes) for place in places]
+            _compute(_PAUSE_S)
+            self._seconds[count].append(_read_s(self._mover, records, self._clock))
+
+    def line(self) -> tuple[float, float]:
+        """Return latency in seconds and bytes per second, as all turns so far have it."""
+        medians = {count: float(np.median(took)) for count, took in self._seconds.items()}
+        return read_line(medians, self._record_bytes)
+
+    def checked_rate(self) -> float:
+        """Return bytes per second of records that were not read before and are checked as they come."""
+        digests = _digests(self._path, self._checked, self._record_bytes)
+        with self._path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        records = [_record(self._path, place, self._record_bytes, digest) for place, digest in digests.items()]
+        return _rate(self._mover, records, self._clock)
+
+
+@contextmanager
+def _written(folder: Path, count: int, record_bytes: int) -> Iterator[Path]:
+    """Write records of random bytes, which no disk can fold, and keep them out of the page cache."""
+    block = np.random.default_rng(0).bytes(1 << 20)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".edgeflex-", suffix=".reads") as file:
+        left = count * record_bytes
+        while left > 0:
+            left -= file.write(block[: min(left, len(block))])
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield Path(file.name)
+
+
+def _compute(seconds: float) -> None:
+    """Keep this core busy: one that sleeps falls idle, and then its first read costs what awaking does."""
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        pass
+
+
+def _digests(path: Path, places: NDArray[np.intp], record_bytes: int) -> dict[int, str]:
+    found = {}
+    with path.open("rb") as file:
+        for place in places.tolist():
+            file.seek(place * record_bytes)
+            found[place] = hashlib.sha256(file.read(record_bytes)).hexdigest()
+    return found
+
+
+def read_line(seconds: Mapping[int, float], record_bytes: int) -> tuple[float, float]:
+    """Return latency in seconds and bytes per second of the line through what batches of records took.
+
+    Args:
+        seconds: By number of records read at once, at least two numbers.
+        record_bytes: Of one record.
+    """
+    counts, took = np.array(list(seconds), float), np.array(list(seconds.values()))
+    slope, latency_s = np.polyfit(counts, took, 1)
+    # noise, or reads that wait for each other no more: the line through no latency at all
+    if latency_s < 0.0 or slope < _LEAST_SLOPE * took.max() / counts.max():
+        return 0.0, record_bytes * float(counts @ counts) / float(counts @ took)
+    return float(latency_s), record_bytes / float(slope)
+
+
+def _rate(mover: Mover, records: Sequence[Record], clock: Clock) -> float:
+    """Read records in batches of up to four, one behind the other as a prompt's are, and return the median rate."""
+    batches = [records[first : first + 4] for first in range(0, len(records), 4)]
+    return float(np.median([sum(one.size_bytes for one in batch) / _read_s(mover, batch, clock) for batch in batches]))
+
+
+def _read_s(mover: Mover, batch: Sequence[Record], clock: Clock) -> float:
+    """Return the seconds of reading records at once."""
+    start = clock()
+    reads = [
+        mover.submit(record, slot * record.size_bytes, check=bool(record.sha256)) for slot, record in enumerate(batch)
+    ]
+    for read in reads:
+        read.wait()
+    return clock() - start
+
+
+def _record(path: Path, place: int, record_bytes: int, sha256: str = "") -> Record:
+    return Record("record", path, place * record_bytes, record_bytes, sha256)
