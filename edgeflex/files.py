@@ -8,17 +8,50 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import DeviceError, EdgeflexError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+# What names a file or a folder where callers of ours do: text, or a path.
+StrPath = str | os.PathLike[str]
 
 _CHUNK_BYTES = 1 << 20
+_NAME_PART = 48  # characters, of at most 4 bytes each; file systems take 255 bytes
+
+
+def path_of(given: StrPath) -> Path:
+    """Return what a caller names as a path.
+
+    Raises:
+        InputError: It is neither text nor a path.
+    """
+    try:
+        return Path(given)
+    except TypeError:
+        raise InputError(
+            f"{given!r} is of type {type(given).__name__}, which names no file or folder. Give text or a pathlib.Path."
+        ) from None
+
+
+def path_or_none(given: StrPath | None) -> Path | None:
+    """Return ``path_of`` what a caller names, None where nothing is named."""
+    return None if given is None else path_of(given)
+
+
+def place_of(given: StrPath) -> str:
+    """Return what a caller names as text, unchanged where it is text: it may be a name that is no path.
+
+    Raises:
+        InputError: It is neither text nor a path.
+    """
+    return given if isinstance(given, str) else str(path_of(given))
 
 
 def explain_os_error(error: OSError, path: Path) -> EdgeflexError:
@@ -61,9 +94,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def _write_beside(path: Path, raw: bytes) -> None:
     """Write ``raw`` beside ``path`` and put it in place once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a name of its own: two writers may have one process number, in containers that share a folder, or be threads
+    temporary = path.with_name(f".{_apart(path)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +106,11 @@ def _write_beside(path: Path, raw: bytes) -> None:
         # when the path itself is impossible, removing it fails like writing it did
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _apart(path: Path) -> str:
+    """Return a name that says whose it is, is nobody else's, and is as long as any file system takes."""
+    return f"{path.name[:_NAME_PART]}.{secrets.token_hex(4)}"
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -150,7 +189,8 @@ def _kept_places(path: Path) -> Iterator[Path]:
 def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to fill that becomes ``path`` only if the block ends well.
 
-    What was there before stays until the new folder stands in its place.
+    What was there before stays until the new folder stands in its place. What came there meanwhile is refused as what
+    was there before would have been.
 
     Raises:
         InputError: ``refuse_output`` refuses ``path``, or it cannot be written.
@@ -158,12 +198,12 @@ def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     refuse_output(path, overwrite=overwrite)
     target = path.resolve()
-    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    former = target.with_name(f".{target.name}.{os.getpid()}.former")
+    name = _apart(target)
+    staging, former = target.with_name(f".{name}.partial"), target.with_name(f".{name}.former")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
+        refuse_output(path, overwrite=overwrite)
         _swap(staging, target, former)
     except OSError as error:
         raise explain_os_error(error, _place_of(error, staging, path)) from None

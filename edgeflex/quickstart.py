@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeflex import flow
-from edgeflex.files import staged_folder, write_atomic
+from edgeflex.files import StrPath, path_of, staged_folder, write_atomic
+from edgeflex.progress import Progress, Silent
 from edgeflex.schema import Budget, LatencyLimit, Tier
 from edgeflex.schema_moe import DecoderBudget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgeflex.progress import Progress
     from edgeflex.schema import Check, Report
     from edgeflex.schema_moe import DecoderPlan
 
@@ -82,7 +82,7 @@ class Walked:
     decoder_page: Path
 
 
-def walk(folder: Path, *, progress: Progress) -> Walked:
+def walk(folder: StrPath, *, progress: Progress | None = None) -> Walked:
     """Walk the corridor into ``folder``, for both models; return what was made.
 
     Everything is made anew: an earlier quickstart in ``folder`` is replaced, other folders are refused.
@@ -90,11 +90,12 @@ def walk(folder: Path, *, progress: Progress) -> Walked:
     Raises:
         InputError: ``folder`` holds something that no quickstart wrote.
     """
+    folder, heard = path_of(folder), progress or Silent()
     ours = (folder / "quickstart.txt").exists()
     with staged_folder(folder, overwrite=ours) as staging:
         write_atomic(staging / "quickstart.txt", "Written by `edgeflex quickstart`; replaced by the next.\n")
-        built = _walk_digits(staging, progress)
-        plan, checks, text = _walk_decoder(staging, progress)
+        built = _walk_digits(staging, heard)
+        plan, checks, text = _walk_decoder(staging, heard)
     return Walked(built, folder / "report.html", plan, checks, text, folder / "decoder.html")
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from edgeflex.errors import InputError
-from edgeflex.files import not_utf8, read_text
+from edgeflex.files import StrPath, not_utf8, path_of, read_text
 from edgeflex.flow.decoder_bundles import Place, settings_at
 from edgeflex.runtimes.decoder import DecoderSession, stream_text
 from edgeflex.runtimes.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from typing_extensions import Self
 
@@ -27,7 +26,7 @@ class Asked:
     """What the user asked for; None takes the plan's."""
 
     prompt: str | None = None
-    prompt_file: Path | None = None
+    prompt_file: StrPath | None = None
     interactive: bool = False
     max_tokens: int = 128
     temperature: float = 0.0
@@ -57,7 +56,7 @@ class Talk:
     """
 
     def __init__(
-        self, bundle: Path, asked: Asked, *, ask: Callable[[], None] | None = None, progress: Progress | None = None
+        self, bundle: StrPath, asked: Asked, *, ask: Callable[[], None] | None = None, progress: Progress | None = None
     ) -> None:
         sources = (asked.prompt is not None, asked.prompt_file is not None, asked.interactive)
         if sum(sources) != 1:
@@ -73,7 +72,7 @@ class Talk:
             prefetch_depth=asked.prefetch,
         )
         self._first = None if asked.interactive else _text(asked)
-        self._session = DecoderSession.from_bundle(bundle, settings, progress=progress)
+        self._session = DecoderSession.from_bundle(path_of(bundle), settings, progress=progress)
         self._said: list[str] = []
 
     @property
@@ -142,4 +141,4 @@ def _whole(text: str, source: str) -> str:
 def _text(asked: Asked) -> str:
     if asked.prompt_file is None:
         return _whole(asked.prompt or "", "--prompt")
-    return read_text(asked.prompt_file, "prompt")
+    return read_text(path_of(asked.prompt_file), "prompt")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
-from edgeflex.files import read_bytes, read_text
+from edgeflex.files import StrPath, path_of, place_of, read_bytes, read_text
 from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, read_array
 from edgeflex.flow.device_plans import plan_again
-from edgeflex.schema import Check, Precision
-from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, Expected
+from edgeflex.schema import Precision
+from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, DecoderVerify, Expected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,9 +38,9 @@ _EXPECTED_PROMPT, _EXPECTED_ANSWER = 16, 16
 
 def export_decoder(
     planned: DecoderPlan,
-    place: str,
-    folder: Path,
-    out: Path,
+    place: StrPath,
+    folder: StrPath,
+    out: StrPath,
     *,
     target: str = "executorch",
     stock: bool = True,
@@ -61,6 +60,7 @@ def export_decoder(
     from edgeflex.models.decoders import open_decoder
 
     write_bundle = _writer(target, stock=stock)
+    place, folder, out = place_of(place), path_of(folder), path_of(out)
     source = open_decoder(place)
     if source.graph.digest() != planned.graph_digest:
         raise InputError(
@@ -96,6 +96,9 @@ def _writer(target: str, *, stock: bool) -> Callable[..., DecoderManifest]:
         from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 
         return export_tensorrt_decoder
+    from edgeflex.registry import EXPORTERS
+
+    EXPORTERS.row(target)  # refuses a name that nobody knows
     raise UnsupportedError(
         f"decoders are not exported for {target!r}. Choose --target executorch (the native engine), onnx or tensorrt."
     )
@@ -220,8 +223,8 @@ def _agreement(true: Sequence[Any], other: Sequence[Any]) -> float:
 
 
 def bench_decoder(
-    bundle: Path,
-    text: Path,
+    bundle: StrPath,
+    text: StrPath,
     *,
     prompts: int = 3,
     max_tokens: int = 64,
@@ -245,6 +248,7 @@ def bench_decoder(
     from edgeflex.runtimes.decoder import DecoderSession
     from edgeflex.runtimes.decoder_bench import bench_decoder as measure
 
+    bundle, text = path_of(bundle), path_of(text)
     settings = settings_at(on or Place(), threads=threads)
     session = DecoderSession.from_bundle(bundle, settings)
     plan = session.manifest.plan
@@ -274,8 +278,8 @@ def bench_decoder(
 
 
 def verify_decoder(
-    bundle: Path, *, threads: int | None = None, on: Place | None = None, progress: Progress | None = None
-) -> tuple[Check, ...]:
+    bundle: StrPath, *, threads: int | None = None, on: Place | None = None, progress: Progress | None = None
+) -> DecoderVerify:
     """Check a bundle's files, packed weights, answers and limits.
 
     Raises:
@@ -283,11 +287,13 @@ def verify_decoder(
         BundleError: The manifest is damaged.
         DeviceError: There is no such device, or it failed.
     """
+    from edgeflex.bundle_moe import open_decoder_bundle
     from edgeflex.profiles import machine
     from edgeflex.runtimes.decoder_bench import verify_decoder as check
 
-    device = machine().cpu_model or "this machine"
-    return check(bundle, settings=settings_at(on or Place(), threads=threads), device=device, progress=progress)
+    bundle, device = path_of(bundle), machine().cpu_model or "this machine"
+    found = check(bundle, settings=settings_at(on or Place(), threads=threads), device=device, progress=progress)
+    return DecoderVerify(manifest_digest=open_decoder_bundle(bundle).manifest.digest(), checks=found)
 
 
 @dataclass(frozen=True)
@@ -323,41 +329,41 @@ def settings_at(place: Place, **more: Any) -> Settings:
 
 
 def report_decoder(
-    bundle: Path,
-    out: Path,
+    bundle: StrPath,
+    out: StrPath,
     *,
-    bench_file: Path | None = None,
-    stats_file: Path | None = None,
-    verify_file: Path | None = None,
-) -> tuple[DecoderReportDocument, str]:
-    """Write the page of a decoder's bundle; return what it shows and the outcome in words.
+    bench_file: StrPath | None = None,
+    stats_file: StrPath | None = None,
+    verify_file: StrPath | None = None,
+) -> DecoderReportDocument:
+    """Write the page of a decoder's bundle; return what it shows.
 
     Raises:
         InputError: A result was measured on another bundle.
     """
     from edgeflex.bundle_moe import open_decoder_bundle
-    from edgeflex.reports.decoder import build_decoder_report, outcome, save_decoder_report
+    from edgeflex.reports.decoder import build_decoder_report, save_decoder_report
 
-    manifest = open_decoder_bundle(bundle).manifest
+    manifest = open_decoder_bundle(path_of(bundle)).manifest
 
-    def read(kind: Any, path: Path | None) -> Any:
-        return None if path is None else kind.parse(read_bytes(path, "measured figures"), str(path))
+    def read(kind: Any, path: StrPath | None) -> Any:
+        return None if path is None else kind.parse(read_bytes(path_of(path), "measured figures"), str(path))
 
-    checks: tuple[Check, ...] = ()
-    if verify_file is not None:
-        document = json.loads(read_bytes(verify_file, "measured figures"))
-        checks = tuple(Check.model_validate(one) for one in document.get("checks", ()))
     built = build_decoder_report(
-        manifest, read(DecoderBench, bench_file), read(DecoderRunStats, stats_file), manifest.points, checks
+        manifest,
+        read(DecoderBench, bench_file),
+        read(DecoderRunStats, stats_file),
+        manifest.points,
+        read(DecoderVerify, verify_file),
     )
-    save_decoder_report(built, out)
-    return built, outcome(built)[1]
+    save_decoder_report(built, path_of(out))
+    return built
 
 
 def record_trace(
-    bundle: Path,
-    prompt_file: Path,
-    out: Path,
+    bundle: StrPath,
+    prompt_file: StrPath,
+    out: StrPath,
     *,
     max_tokens: int,
     temperature: float = 0.0,
@@ -374,8 +380,11 @@ def record_trace(
     from edgeflex.runtimes.sampling import Sampler
     from edgeflex.runtimes.trace import write_trace
 
+    bundle, prompt_file, out = path_of(bundle), path_of(prompt_file), path_of(out)
     with DecoderSession.from_bundle(bundle, Settings(record=True), progress=progress) as session:
         prompt = session.tokenizer().encode(read_text(prompt_file, "prompt")).ids
         answered = sum(1 for _ in session.generate(prompt, max_tokens, Sampler(temperature=temperature, seed=seed)))
+        if session.stats().stopped_by == "interrupt":
+            raise KeyboardInterrupt  # a trace that breaks off within a pass would be simulated as if it were whole
         write_trace(out, session.trace())
     return answered

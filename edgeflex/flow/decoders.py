@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InputError
-from edgeflex.files import read_bytes, read_text, refuse_output, write_atomic
+from edgeflex.files import StrPath, path_of, place_of, read_bytes, read_text, refuse_output, write_atomic
+from edgeflex.flow.decide import parse_calibrated
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import (
@@ -28,6 +28,7 @@ from edgeflex.schema_moe import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -52,48 +53,49 @@ _REPLAYED_USES = 60_000  # of experts, prompts included
 # --- what is meant ---------------------------------------------------------------------------------------
 
 
-def is_decoder(place: str | Path) -> bool:
+def is_decoder(place: StrPath) -> bool:
     """Return whether ``place`` is a Hugging Face folder, rather than a model of images."""
-    return (Path(place) / "config.json").is_file()
+    return (path_of(place) / "config.json").is_file()
 
 
-def is_decoder_calibration(folder: Path) -> bool:
+def is_decoder_calibration(folder: StrPath) -> bool:
     """Return whether ``folder`` holds the calibration of a decoder, finished or not."""
-    return (folder / _KEY).is_file()
+    return (path_of(folder) / _KEY).is_file()
 
 
-def is_decoder_document(path: Path) -> bool:
+def is_decoder_document(path: StrPath) -> bool:
     """Return whether a plan, statistics or measured figures are those of a decoder."""
     try:
-        document = json.loads(read_bytes(path, "document"))
+        document = json.loads(read_bytes(path_of(path), "document"))
     except ValueError:
         return False
     return isinstance(document, dict) and document.get("kind") == "decoder"
 
 
-def is_decoder_bundle(folder: Path) -> bool:
+def is_decoder_bundle(folder: StrPath) -> bool:
     """Return whether ``folder`` holds a decoder's bundle."""
-    return is_decoder_document(folder / "manifest.json") if (folder / "manifest.json").is_file() else False
+    manifest = path_of(folder) / "manifest.json"
+    return manifest.is_file() and is_decoder_document(manifest)
 
 
 # --- inspect ---------------------------------------------------------------------------------------------
 
 
-def inspect_decoder(place: str, *, allow_download: bool = False) -> DecoderGraph:
+def inspect_decoder(place: StrPath, *, allow_download: bool = False) -> DecoderGraph:
     """Return the graph of a decoder; only headers are read."""
     from edgeflex.models.decoders import open_decoder
 
-    return open_decoder(place, allow_download=allow_download, headers_only=True).graph
+    return open_decoder(place_of(place), allow_download=allow_download, headers_only=True).graph
 
 
-def context_of(place: str | Path) -> int:
+def context_of(place: StrPath) -> int:
     """Return the most tokens of context that the decoder of a calibration, or of a Hugging Face folder, knows."""
-    if is_decoder_calibration(Path(place)):
-        return open_decoder_calibration(Path(place))[0].graph.context_tokens
-    return inspect_decoder(str(place)).context_tokens
+    if is_decoder_calibration(place):
+        return open_decoder_calibration(path_of(place))[0].graph.context_tokens
+    return inspect_decoder(place).context_tokens
 
 
-def decoder_sizes(place: str, budget: DecoderBudget) -> DecoderSizes:
+def decoder_sizes(place: StrPath, budget: DecoderBudget) -> DecoderSizes:
     """Return what a decoder needs in each precision and whether the memory budget holds it; only headers are read."""
     from edgeflex.plans.decoder_costs import activations_bytes, kv_bytes, small_bytes
 
@@ -150,9 +152,9 @@ def _uniform(
 
 
 def calibrate_decoder(
-    place: str,
-    text: Path,
-    out: Path,
+    place: StrPath,
+    text: StrPath,
+    out: StrPath,
     *,
     tokens: int = 4096,
     sequence_tokens: int = 512,
@@ -188,10 +190,10 @@ def calibrate_decoder(
     from edgeflex.models.decoders import open_decoder
     from edgeflex.runtimes.trace import write_trace
 
-    heard = progress or Silent()
-    source = open_decoder(place, allow_download=allow_download)
+    heard, out = progress or Silent(), path_of(out)
+    source = open_decoder(place_of(place), allow_download=allow_download)
     length = min(sequence_tokens, source.graph.context_tokens)
-    chosen, check = _texts(source, text, tokens, length, seed)
+    chosen, check = _texts(source, path_of(text), tokens, length, seed)
     if overwrite and is_decoder_calibration(out):
         # only now, so that a mistyped name costs nobody hours of measuring
         refuse_output(out, overwrite=True)
@@ -209,7 +211,7 @@ def calibrate_decoder(
     if not (out / _TRACE).exists():
         write_trace(out / _TRACE, _trace_of(found.graph, read_routing(out)))
     if not _knows(out / _RATES, threads):
-        rates = _rates(source, out, threads, heard)
+        rates = _rates(source, out, _trace_of(found.graph, read_routing(out)), threads, heard)
         write_atomic(out / _RATES, rates.canonical_json())
     return found
 
@@ -231,10 +233,16 @@ def read_array(path: Path) -> Any:
 
 
 def _knows(rates: Path, threads: Sequence[int]) -> bool:
-    """Return whether kernels were measured with so many threads; a calibration may be resumed with more of them."""
+    """Return whether kernels were measured with so many threads; a calibration may be resumed with more of them.
+
+    Rates of a release that wrote them otherwise are measured anew.
+    """
     if not rates.exists():
         return False
-    known = DecoderRates.parse(read_bytes(rates, "rates"), str(rates))
+    try:
+        known = DecoderRates.parse(read_bytes(rates, "rates"), str(rates))
+    except InputError:
+        return False
     return set(threads) <= {one.threads for one in known.matrices}
 
 
@@ -314,7 +322,9 @@ def _expert_sizes(graph: DecoderGraph, precision: Precision, layers: int) -> Int
     return sizes
 
 
-def _rates(source: DecoderSource, folder: Path, threads: Sequence[int], progress: Progress) -> DecoderRates:
+def _rates(
+    source: DecoderSource, folder: Path, trace: Trace, threads: Sequence[int], progress: Progress
+) -> DecoderRates:
     from edgeflex.profiles import machine
     from edgeflex.profiles.probe import memory_read
     from edgeflex.runtimes.decoder_rates import measure_rates
@@ -322,6 +332,7 @@ def _rates(source: DecoderSource, folder: Path, threads: Sequence[int], progress
     return measure_rates(
         source.graph,
         folder,
+        trace,
         tokenizer=source.tokenizer_file,
         device=machine().cpu_model or "this machine",
         precisions=PLANNED,
@@ -345,12 +356,14 @@ def open_decoder_calibration(folder: Path) -> tuple[DecoderCalibration, DecoderR
     missing = [name for name in (_CALIBRATION, CHECK_TEXT, _RATES) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"the calibration in {str(folder)!r} is not finished. Run the same edgeflex calibrate again.")
-    calibration = DecoderCalibration.parse(read_bytes(folder / _CALIBRATION, "calibration"), str(folder / _CALIBRATION))
-    rates = DecoderRates.parse(read_bytes(folder / _RATES, "rates"), str(folder / _RATES))
-    return calibration, rates, read_routing(folder)
+
+    def document(kind: Any, name: str) -> Any:
+        return parse_calibrated(kind, folder, name)
+
+    return document(DecoderCalibration, _CALIBRATION), document(DecoderRates, _RATES), read_routing(folder)
 
 
-def plan_decoder(folder: Path, budget: DecoderBudget) -> DecoderPlan:
+def plan_decoder(folder: StrPath, budget: DecoderBudget) -> DecoderPlan:
     """Return the plan of a decoder for a budget, recounted; nothing is measured.
 
     Raises:
@@ -361,7 +374,7 @@ def plan_decoder(folder: Path, budget: DecoderBudget) -> DecoderPlan:
     from edgeflex.plans.decoder import plan_decoder as decide
     from edgeflex.plans.decoder_audit import Ground, check_decoder_plan
 
-    calibration, rates, routing = open_decoder_calibration(folder)
+    calibration, rates, routing = open_decoder_calibration(path_of(folder))
     graph = calibration.graph
     experts = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)
     replays = Replays(graph, routing, budget.prompt_tokens)
@@ -475,7 +488,7 @@ def _first_prompt(trace: Trace) -> Trace:
 
 
 def simulate_device(
-    path: Path,
+    path: StrPath,
     device: DeviceProfile,
     *,
     vram_bytes: int,
@@ -501,7 +514,7 @@ def simulate_device(
     from edgeflex.runtimes.boards import simulate_device as simulate
     from edgeflex.runtimes.trace import read_trace
 
-    trace = read_trace(path)
+    trace = read_trace(path_of(path))
     known = {one.value: one for one in Precision}
     wanted = precision or Precision.INT4_GROUP32.value
     if wanted not in known:
@@ -519,7 +532,7 @@ def simulate_device(
 
 
 def simulate_trace(
-    path: Path,
+    path: StrPath,
     caches_bytes: Sequence[int],
     policies: Sequence[str],
     *,
@@ -545,7 +558,7 @@ def simulate_trace(
 
     if compute_s is not None and link_bytes_per_s is None:
         raise InputError("the time of a token's computing was given without the rate of reads. Pass --link too.")
-    trace = read_trace(path)
+    trace = read_trace(path_of(path))
     sizes = trace.sizes(precision)
     best = {cache: belady(trace, cache, sizes=sizes) for cache in caches_bytes}
     results = []
@@ -573,7 +586,7 @@ def simulate_trace(
                 )
             )
     return Simulation(
-        trace=path.name,
+        trace=path_of(path).name,
         decode_tokens=trace.decode_tokens,
         link_bytes_per_s=link_bytes_per_s,
         compute_s=compute_s,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
+from edgeflex.files import StrPath, path_of
 from edgeflex.flow.decoders import PLANNED, Replays, open_decoder_calibration, packed_bytes, plan_decoder
 from edgeflex.flow.simulated_device import SimulatedDevice, is_upward, of_calibrated_computer
 from edgeflex.schema import DeviceProfile, Figure, Link, StorageRead, Tier, TierSpec
@@ -23,7 +24,7 @@ _PCIE = "PCI Express 4.0 x16: 16 lanes of 16 GT/s at 128b/130b; the profile name
 
 
 def plan_decoder_on_gpu(
-    folder: Path,
+    folder: StrPath,
     budget: DecoderBudget,
     device: DeviceProfile | None = None,
     *,
@@ -48,7 +49,7 @@ def plan_decoder_on_gpu(
     from edgeflex.plans.decoder_gpu import plan_on_gpu
     from edgeflex.plans.decoder_gpu_audit import GpuGround, check_gpu_plan
 
-    calibration, rates, routing = open_decoder_calibration(folder)
+    calibration, rates, routing = open_decoder_calibration(path_of(folder))
     graph = calibration.graph
     profile = completed(device or this_gpu(), rates, link_given=link_bytes_per_s is not None)
     experts = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflex.errors import InfeasibleError, InputError
-from edgeflex.files import read_bytes, write_atomic
+from edgeflex.files import StrPath, path_of, path_or_none, place_of, read_bytes, write_atomic
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import (
     Budget,
@@ -98,17 +98,18 @@ def _call_cost() -> tuple[Figure, Figure]:
 
 
 def profile(
-    out: Path,
+    out: StrPath,
     *,
     quick: bool = False,
     threads: Sequence[int] = (1,),
-    storage_folder: Path | None = None,
+    storage_folder: StrPath | None = None,
     progress: Progress | None = None,
 ) -> DeviceProfile:
     """Measure this machine into ``out``; a killed run goes on where it stopped."""
     from edgeflex.profiles import probe
     from edgeflex.registry import EXPORTERS
 
+    out = path_of(out)
     journal = out.with_name(f"{out.name}.partial")
     measured = probe.measure(
         quick=quick,
@@ -118,7 +119,7 @@ def profile(
         call_cost=_call_cost,
         backend=BACKEND,
         versions=versions(),
-        storage_folder=storage_folder,
+        storage_folder=path_or_none(storage_folder),
         journal=journal,
         progress=progress,
     )
@@ -171,14 +172,15 @@ def _preprocessing_for(model: str, input_size: int | None) -> Preprocessing:
 
 
 def inspect(
-    model: str, weights: Path | None = None, *, classes: int | None = None, input_size: int | None = None
+    model: StrPath, weights: StrPath | None = None, *, classes: int | None = None, input_size: int | None = None
 ) -> tuple[ModelGraph, Any]:
     """Return the graph of a model, or of a folder that fit-exits wrote, and the stages where it can be cut."""
     from edgeflex.models import graph_from_module, load_module, open_model, stages, trace
 
+    model = place_of(model)
     if ":" not in model and Path(model).is_dir():
         return open_model(Path(model)).graph, ()
-    module = load_module(model, weights, classes=classes)
+    module = load_module(model, path_or_none(weights), classes=classes)
     preprocessing = _preprocessing_for(model, input_size)
     shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
     graph = graph_from_module(module, source=model, input_shape=shape, preprocessing=preprocessing)
@@ -187,10 +189,10 @@ def inspect(
 
 def fit_exits(
     model: str,
-    data: Path,
-    out: Path,
+    data: StrPath,
+    out: StrPath,
     *,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     stage_names: Sequence[str] = (),
     exits: int = 3,
     head: str = "linear",
@@ -210,9 +212,10 @@ def fit_exits(
     from edgeflex.models import HeadSpec, default_stages, load_module, save_model, stages, trace
     from edgeflex.models.exits import fit_exits as fit
 
+    out = path_of(out)
     refuse_output(out, overwrite=overwrite)
-    images = open_images(data)
-    module = load_module(model, weights, classes=len(images.classes))
+    images = open_images(path_of(data))
+    module = load_module(model, path_or_none(weights), classes=len(images.classes))
     preprocessing = _preprocessing_for(model, input_size)
     shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
     names = tuple(stage_names) or default_stages(stages(trace(module, shape)), exits)
@@ -335,9 +338,9 @@ def _with_kernels(
 
 
 def calibrate(
-    model_folder: Path,
-    data: Path,
-    out: Path,
+    model_folder: StrPath,
+    data: StrPath,
+    out: StrPath,
     *,
     device: DeviceProfile,
     threads: int = 1,
@@ -361,7 +364,8 @@ def calibrate(
 
     heard = progress or Silent()
     capabilities = capabilities_for(EXPORTERS, target, device)
-    model, images = open_model(model_folder), open_images(data)
+    model_folder, out = path_of(model_folder), path_of(out)
+    model, images = open_model(model_folder), open_images(path_of(data))
     _check_classes(model, images)
     _refuse_fitted(model_folder, images)
     meta = store.CalibrationMeta(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
-from edgeflex.files import read_bytes, staged_folder, write_atomic
+from edgeflex.files import StrPath, path_of, read_bytes, staged_folder, write_atomic
 from edgeflex.flow.decide import open_calibration, require_own, sweep
 from edgeflex.flow.measure import host_runtime, versions
 from edgeflex.progress import Progress, Silent
@@ -41,9 +41,9 @@ _TOLERANCE = {8: 0.15, 4: 0.15, 32: 1e-3, 16: 1e-2}
 
 def export(
     planned: Plan,
-    model_folder: Path,
-    calibration_folder: Path,
-    out: Path,
+    model_folder: StrPath,
+    calibration_folder: StrPath,
+    out: StrPath,
     *,
     device: DeviceProfile | None = None,
     target: str | None = None,
@@ -76,6 +76,7 @@ def export(
     from edgeflex.registry import EXPORTERS, get
 
     heard = progress or Silent()
+    model_folder, calibration_folder, out = path_of(model_folder), path_of(calibration_folder), path_of(out)
     model = open_model(model_folder)
     _refuse_other(planned, model.graph, str(model_folder), target)
     exporter: Exporter = get(EXPORTERS, planned.backend)
@@ -132,6 +133,9 @@ def _refuse_other(planned: Plan, graph: ModelGraph, place: str, target: str | No
             "Give the model that was calibrated."
         )
     if target is not None and target != planned.backend:
+        from edgeflex.registry import EXPORTERS
+
+        EXPORTERS.row(target)  # refuses a name that nobody knows
         raise InputError(
             f"the plan's numbers are those of {planned.backend!r}, certified as it computes them; {target!r} computes "
             f"others. Calibrate with --target {target} and plan again."
@@ -223,7 +227,7 @@ def moved_by_settings(
 
 
 def build(
-    bundle_folder: Path,
+    bundle_folder: StrPath,
     *,
     workspace_bytes: int | None = None,
     force: bool = False,
@@ -241,12 +245,13 @@ def build(
     from edgeflex.bundle import open_bundle
     from edgeflex.bundle_moe import bundle_kind, open_decoder_bundle
     from edgeflex.runtimes.tensorrt_build import build as build_engines
-    from edgeflex.runtimes.tensorrt_ways import build_measured
+    from edgeflex.runtimes.tensorrt_ways import measuring
 
-    told = progress or Silent()
+    told, bundle_folder = progress or Silent(), path_of(bundle_folder)
     if bundle_kind(bundle_folder) == "decoder":
         decoder = open_decoder_bundle(bundle_folder)
-        return build_measured(decoder, workspace_bytes=workspace_bytes, force=force, progress=told)
+        way = measuring(decoder)
+        return build_engines(decoder, workspace_bytes=workspace_bytes, force=force, progress=told, measure=way)
     return build_engines(open_bundle(bundle_folder), workspace_bytes=workspace_bytes, force=force, progress=told)
 
 
@@ -254,8 +259,8 @@ def build(
 
 
 def run(
-    bundle_folder: Path,
-    data: Path,
+    bundle_folder: StrPath,
+    data: StrPath,
     *,
     runtime: str | None = None,
     threads: int | None = None,
@@ -268,10 +273,10 @@ def run(
     from edgeflex.profiles.machine import conditions, machine
     from edgeflex.runtimes.recorder import run_images
 
-    bundle = open_bundle(bundle_folder)
+    bundle = open_bundle(path_of(bundle_folder))
     return run_images(
         bundle,
-        open_images(data),
+        open_images(path_of(data)),
         runtime=runtime,
         threads=threads or bundle.manifest.plan.threads,
         limit=limit,
@@ -282,8 +287,8 @@ def run(
 
 
 def bench(
-    bundle_folder: Path,
-    data: Path,
+    bundle_folder: StrPath,
+    data: StrPath,
     *,
     images: int = 200,
     repeats: int = 5,
@@ -297,7 +302,7 @@ def bench(
     from edgeflex.runtimes.bench import bench as measure
     from edgeflex.runtimes.verify import unseen_indices
 
-    bundle, folder = open_bundle(bundle_folder), open_images(data)
+    bundle, folder = open_bundle(path_of(bundle_folder)), open_images(path_of(data))
     preprocessing = bundle.manifest.graph.preprocessing
     if preprocessing is None:
         raise InputError("the bundle does not say how images are prepared. Export it again.")
@@ -314,10 +319,10 @@ def bench(
 
 
 def verify(
-    bundle_folder: Path,
-    data: Path,
+    bundle_folder: StrPath,
+    data: StrPath,
     *,
-    model_folder: Path | None = None,
+    model_folder: StrPath | None = None,
     limit: int | None = None,
     runtime: str | None = None,
     threads: int | None = None,
@@ -328,11 +333,11 @@ def verify(
     from edgeflex.images import open_images
     from edgeflex.runtimes.verify import verify as check
 
-    bundle = open_bundle(bundle_folder)
-    reference = _full_depth(model_folder, bundle) if model_folder is not None else None
+    bundle = open_bundle(path_of(bundle_folder))
+    reference = _full_depth(path_of(model_folder), bundle) if model_folder is not None else None
     return check(
         bundle,
-        open_images(data),
+        open_images(path_of(data)),
         max_images=limit,
         runtime=runtime,
         threads=threads or bundle.manifest.plan.threads,
@@ -353,8 +358,8 @@ def _full_depth(model_folder: Path, bundle: Bundle) -> Callable[[NDArray[np.floa
 
 
 def report(
-    bundle_folder: Path,
-    out: Path,
+    bundle_folder: StrPath,
+    out: StrPath,
     *,
     bench_result: BenchResult | None = None,
     verify_result: VerifyResult | None = None,
@@ -364,6 +369,6 @@ def report(
     from edgeflex.bundle import open_bundle
     from edgeflex.reports import build_report, to_html
 
-    built = build_report(open_bundle(bundle_folder).manifest, bench_result, verify_result, stats)
-    write_atomic(out, to_html(built))
+    built = build_report(open_bundle(path_of(bundle_folder)).manifest, bench_result, verify_result, stats)
+    write_atomic(path_of(out), to_html(built))
     return built

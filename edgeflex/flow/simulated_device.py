@@ -303,7 +303,8 @@ class SimulatedDevice:
         key = (sizes.tobytes(), end)
         if key in self._machines:
             return self._machines[key]
-        shape = ExpertShape(self._mean_size(sizes), self._mean_macs, self._layer_bytes, self._slices)
+        slower = self._in_slices(sizes)
+        shape = ExpertShape(self._mean_size(sizes), self._mean_macs, self._layer_bytes, self._slices, slower)
         given = {"ram_bytes_per_s": self.ram_bytes_per_s, "link_bytes_per_s": self.link_bytes_per_s}
         found = curves_of(self._seen, shape, end=end, **given)
         head = curves_of(self._seen, replace(shape, dense_bytes=self._head_bytes), end=end, **given)
@@ -327,6 +328,18 @@ class SimulatedDevice:
         from edgeflex.runtimes.division import slices_of
 
         return min((slices_of(layer.expert_dim) for layer in self.graph.layers if layer.routing is not None), default=1)
+
+    def _in_slices(self, sizes: Ints) -> float:
+        """Return how much longer the processor takes over experts in slices than over whole ones, the mean by use."""
+        from edgeflex.plans.decoder_gpu_memory import slot_bytes
+        from edgeflex.runtimes.division import cpu_in_slices
+
+        total = weight = 0.0
+        for place, shapes in self._pairs():
+            for precision in PLANNED:
+                share = float(self.uses[place][sizes[place] == slot_bytes(precision, shapes)].sum())
+                total, weight = total + share * cpu_in_slices(precision), weight + share
+        return total / weight if weight else 1.0
 
     @cached_property
     def _layer_bytes(self) -> int:
@@ -369,7 +382,9 @@ class SimulatedDevice:
                 mine = slice(None) if sizes is None else sizes[place] == slot_bytes(precision, shapes)
                 share = float(self.uses[place][mine].sum())
                 if share:
-                    total += share * sum(self._times.seconds(shape, precision, threads, rows) for shape in shapes)
+                    total += share * sum(
+                        self._times.seconds(shape, precision, threads, rows, expert=True) for shape in shapes
+                    )
                     weight += share
         return total / max(weight, 1e-12)
 
@@ -413,7 +428,7 @@ class SimulatedDevice:
         if of_calibrated_computer(self.profile, self.rates):
             count = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
             took = f"what {self.rates.device} took when it calibrated with {count}"
-            yield f"the processor's experts take {took}, and 15 us until the GPU has their rows"
+            yield f"the processor's experts take {took}, and 15 µs until the GPU has their rows"
         else:
             yield "the processor's experts take what its memory's rate allows; no kernel was timed there"
         if self._slices > 1:

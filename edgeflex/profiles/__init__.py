@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflex import files
@@ -54,17 +53,17 @@ def names() -> tuple[str, ...]:
     )
 
 
-def load(name_or_path: str) -> DeviceProfile:
+def load(name_or_path: files.StrPath) -> DeviceProfile:
     """Return a shipped profile by name, or the one in a ``device.json``.
 
-    Text that ends with ``.json`` or holds a path separator is a path, all other text a name.
+    Text that ends with ``.json`` or holds a path separator is a path, all other text a name; a path is a path.
 
     Raises:
         InputError: No such profile (the message names the nearest and lists all), or the file is absent or
             not a device profile.
     """
-    if name_or_path.endswith(".json") or os.sep in name_or_path:
-        path = Path(name_or_path)
+    if not isinstance(name_or_path, str) or name_or_path.endswith(".json") or os.sep in name_or_path:
+        path = files.path_of(name_or_path)
         return DeviceProfile.parse(files.read_bytes(path, "device profile"), str(path))
     known = names()
     if name_or_path not in known:

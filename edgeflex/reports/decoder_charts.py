@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import InputError
-from edgeflex.files import write_atomic
+from edgeflex.files import StrPath, path_of, write_atomic
 from edgeflex.reports.charts import Axis, display_unit
 from edgeflex.reports.summary import format_value
 from edgeflex.reports.svg import Box, Markup, fit_scale, linear_scale, number, picture, tag, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from edgeflex.reports.svg import Scale
     from edgeflex.schema_moe import SimulatedCache
@@ -345,7 +344,7 @@ def cloud_sign(cloud: Cloud) -> Markup:
 # --- a picture of its own ------------------------------------------------------------------------------------
 
 
-def save_hit_rates(results: Sequence[SimulatedCache], path: Path) -> None:
+def save_hit_rates(results: Sequence[SimulatedCache], path: StrPath) -> None:
     """Draw hit rates over cache sizes, a line per policy, into an ``.svg`` or ``.png`` file.
 
     Raises:
@@ -355,6 +354,7 @@ def save_hit_rates(results: Sequence[SimulatedCache], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    path = path_of(path)
     suffix = path.suffix.lower()
     if suffix not in {".svg", ".png"} or not results:
         raise InputError(f"{str(path)!r}: {len(results)} replays are drawn as .svg or .png. Name such a file.")

@@ -76,6 +76,28 @@ def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path: Path, monkeypa
     assert below(tmp_path) == {"plan.json": "old"}
 
 
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Threads have one, and so have processes in containers that share a folder."""
+    path = tmp_path / "plan.json"
+    fsync = os.fsync
+    others = [b"second"]
+
+    def meanwhile(descriptor: int) -> None:
+        if others:
+            write_atomic(path, others.pop())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomic(path, b"first")
+    assert below(tmp_path) == {"plan.json": "first"}
+
+
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path: Path):
+    name = "x" * 255
+    write_atomic(tmp_path / name, "text")
+    assert below(tmp_path) == {name: "text"}
+
+
 @pytest.mark.parametrize("place", [".", "folder", "file/plan.json", "x" * 300, "a/" + "y" * 300])
 def test_an_impossible_path_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
     monkeypatch.chdir(tmp_path)
@@ -152,6 +174,15 @@ def test_a_filled_folder_is_replaced_only_on_demand(tmp_path: Path):
         (staging / "new").write_text("2")
         assert below(out) == {"old": "1"}
     assert below(tmp_path) == {"bundle/new": "2"}
+
+
+def test_what_came_meanwhile_is_replaced_only_on_demand(tmp_path: Path):
+    out = tmp_path / "bundle"
+    with pytest.raises(InputError, match="not empty"), staged_folder(out, overwrite=False) as staging:  # noqa: PT012
+        (staging / "mine").write_text("1")
+        out.mkdir()
+        (out / "another's").write_text("2")
+    assert below(tmp_path) == {"bundle/another's": "2"}
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), ValueError("a bug"), InputError("bad")])
