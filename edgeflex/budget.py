@@ -13,6 +13,7 @@ from edgeflex.units import parse_share, parse_size_bytes, parse_time_s
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_CONFIDENCE = "95%"
 _CONTEXT_TOKENS, _PROMPT_TOKENS = 1024, 256
 _STATISTICS = ("mean", "p50", "p95", "p99", "worst")
 
@@ -61,7 +62,7 @@ def parse_budget(
     memory: str | None = None,
     latency: Sequence[str] = (),
     max_drop: str | None = None,
-    confidence: str = "95%",
+    confidence: str | None = None,
     minimize: str | None = None,
     disk: str | None = None,
 ) -> Budget:
@@ -71,7 +72,7 @@ def parse_budget(
         memory: Most bytes in host memory, for instance ``2MiB``.
         latency: Limits such as ``8ms`` (of the mean) or ``8ms:p95``.
         max_drop: Most accuracy to lose, for instance ``1%``.
-        confidence: Of the accuracy promise.
+        confidence: Of the accuracy promise; when absent, 95 %.
         minimize: ``latency``, ``latency:STATISTIC``, ``memory`` or ``drop``; when absent, the first of latency,
             drop and memory that has no budget.
         disk: Most bytes of the program file.
@@ -85,7 +86,7 @@ def parse_budget(
     disk_bytes = read("--disk", disk, parse_size_bytes)
     limits = [read("--latency", text, _latency_limit) for text in latency]
     drop = read("--max-drop", max_drop, parse_share)
-    level = read("--confidence", confidence, _confidence)
+    level = read("--confidence", _CONFIDENCE if confidence is None else confidence, _confidence)
     what, statistic = read("--minimize", minimize, _objective) or ("", "")
     if faults:
         raise InputError.collect("the budget", faults)
@@ -107,6 +108,8 @@ def parse_budget(
 
 def _token_time_s(text: str) -> float:
     seconds, _, per = text.partition("/")
+    if ":" in text:
+        raise InputError(f"{text!r}: a decoder's latency is the mean time per token. Write it as 60ms/token.")
     if per not in {"", "token"}:
         raise InputError(f"{text!r} is a time per {per!r}. A decoder's latency is per token: write it as 60ms/token.")
     return parse_time_s(seconds)

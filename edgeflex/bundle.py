@@ -129,13 +129,27 @@ def seen_digests(bundle: Bundle) -> frozenset[str]:
     return frozenset(bundle.file(SEEN).read_text(encoding="ascii").split())
 
 
+def require_manifest(path: Path) -> None:
+    """Refuse a folder without the manifest that makes it a bundle.
+
+    Raises:
+        BundleError: ``path`` does not exist.
+    """
+    if not path.exists():
+        raise BundleError(
+            f"{str(path.parent)!r} holds no {path.name}: it is no bundle, or not a whole one. Name the folder that "
+            "`edgeflex export` wrote, or export it again."
+        )
+
+
 def _read_manifest(path: Path) -> BundleManifest:
+    require_manifest(path)
     try:
         raw = read_bytes(path, "the bundle's manifest")
         document = json.loads(raw)
     except InputError as error:
         raise BundleError(f"{error} {_REMEDY}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON ({error}). {_REMEDY}") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:

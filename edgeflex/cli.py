@@ -36,6 +36,14 @@ _REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 # Some versions of typer carry click's classes under their own roof; this finds the one that they raise.
 _ParserError: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
+# No figures: what suits one model is impossible for the next.
+_BUDGETS = (
+    "That shows what is possible; then plan with --memory SIZE, --latency TIME, --max-drop SHARE, or some of them."
+)
+_DECODER_BUDGETS = (
+    "Without budgets that is the quickest plan, whatever memory it takes; --memory SIZE, --latency TIME, --first-token "
+    "TIME and --max-kl NATS limit it."
+)
 _ABOUT = (
     "Fit a trained network to a device: within a budget of memory, time and accuracy, with the promises checked.\n\n"
     "First: edgeflex quickstart walks the whole way on two small models. Your own image classifier: profile, "
@@ -70,16 +78,23 @@ app.add_typer(trace_app, name="trace")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
-BundleFolder = Annotated[Path, typer.Argument(help="The folder that export wrote.")]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
-PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; those of the plan if absent.")]
-Data = Annotated[Path, typer.Option("--data", help="Images: a folder or zip of class/NAME.(jpg|png).")]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Weights: .safetensors, .pt or .th (no code is run from it).")
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that export wrote.")]
+Threads = Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of the runtime.")]
+PlanThreads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", min=1, help="Threads; those of the plan if absent.")
 ]
-ModelName = Annotated[str, typer.Option("--model", "-m", help="zoo:NAME or package.module:factory.")]
-InputSize = Annotated[int | None, typer.Option("--input-size", help="Pixels a side, for models not from the zoo.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Data = Annotated[
+    Path, typer.Option("--data", metavar="IMAGES", help="Images: a folder or zip of class/NAME.(jpg|png).")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Weights: .safetensors, .pt or .th (no code is run from it)."),
+]
+ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="zoo:NAME or package.module:factory.")]
+InputSize = Annotated[
+    int | None, typer.Option("--input-size", metavar="PIXELS", help="Pixels a side, for models not from the zoo.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
 OnDevice = Annotated[
     str | None,
     typer.Option("--device", "-d", metavar="DEVICE", help="Decoder: cuda computes on a GPU, through PyTorch."),
@@ -106,7 +121,7 @@ def _print_json(document: Any) -> None:
 
 
 def _say(text: str = "") -> None:
-    print(text)
+    print(terminal.printable(text, sys.stdout))
 
 
 def _result(value: Any, text: Callable[[Any], str], *, as_json: bool) -> None:
@@ -115,6 +130,14 @@ def _result(value: Any, text: Callable[[Any], str], *, as_json: bool) -> None:
         _print_json(value)
         return
     _say(text(value))
+
+
+def _note_threads(threads: int | None) -> None:
+    """Say that more threads than processors take turns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        told = terminal.counted(cores, "processor core")
+        terminal.tell(f"edgeflex: note: {threads} threads on {told} take turns, and are slower than {cores}")
 
 
 def _device(name: str | None) -> Any:
@@ -144,10 +167,14 @@ def _root(
 @app.command(short_help="Measure this machine")
 def profile(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path("device.json"),
-    quick: Annotated[bool, typer.Option("--quick", help="A covering few kernels; under 30 seconds.")] = False,
-    threads: Annotated[str, typer.Option("--threads", help="Thread counts, for instance 1,4.")] = "1",
-    storage: Annotated[Path | None, typer.Option("--storage", help="Folder whose disk is measured.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the profile goes.")] = Path(
+        "device.json"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A covering few kernels; about half a minute.")] = False,
+    threads: Annotated[str, typer.Option("--threads", metavar="COUNTS", help="Thread counts, for instance 1,4.")] = "1",
+    storage: Annotated[
+        Path | None, typer.Option("--storage", metavar="FOLDER", help="Folder whose disk is measured.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -155,6 +182,7 @@ def profile(
     from edgeflex import flow
 
     counts = _thread_counts(threads)
+    _note_threads(max(counts))
     measured = flow.profile(
         output, quick=quick, threads=counts, storage_folder=storage, progress=_progress(quiet=quiet)
     )
@@ -191,7 +219,7 @@ def devices(context: typer.Context, *, as_json: Json = False) -> None:
 
 @devices_app.command("show", short_help="Show one profile with its sources")
 def devices_show(
-    name: Annotated[str, typer.Argument(help="Of a shipped profile, or a device.json.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a shipped profile, or a device.json.")],
     *,
     as_json: Json = False,
 ) -> None:
@@ -208,12 +236,17 @@ def devices_show(
 @app.command(short_help="Show a model's layers and stages")
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="zoo:NAME, package.module:factory, a fitted model, or a Hugging Face folder.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="zoo:NAME, package.module:factory, a fitted model, or a Hugging Face folder."
+        ),
     ],
     *,
     weights: Weights = None,
     input_size: InputSize = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write graph.json here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write graph.json here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers and the stages after which it can exit."""
@@ -243,17 +276,21 @@ def fit_exits(
     model: ModelName,
     data: Data,
     weights: Weights = None,
-    stages: Annotated[str, typer.Option("--stages", help="Stages, comma-separated; found when absent.")] = "",
-    exits: Annotated[int, typer.Option("--exits", min=1, help="Early exits when --stages is absent.")] = 3,
+    stages: Annotated[
+        str, typer.Option("--stages", metavar="NAMES", help="Stages, comma-separated; found when absent.")
+    ] = "",
+    exits: Annotated[int, typer.Option("--exits", metavar="N", min=1, help="Early exits when --stages is absent.")] = 3,
     head: Annotated[
-        str, typer.Option("--head", help="linear (pool, norm, linear), grid (2x2 pool) or conv.")
+        str, typer.Option("--head", metavar="HEAD", help="linear (pool, norm, linear), grid (2x2 pool) or conv.")
     ] = "linear",
     input_size: InputSize = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Most passes over the features.")] = 60,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Most passes over the features.")] = 60,
     flip: Annotated[bool, typer.Option("--flip", help="Also train on mirrored images; wrong for digits.")] = False,
-    tune_trunk: Annotated[int, typer.Option("--tune-trunk", min=0, help="Epochs that also train the trunk.")] = 0,
+    tune_trunk: Annotated[
+        int, typer.Option("--tune-trunk", metavar="N", min=0, help="Epochs that also train the trunk.")
+    ] = 0,
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("model"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The model folder.")] = Path("model"),
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -290,10 +327,16 @@ def fit_exits(
 @app.command(short_help="Measure what each precision costs")
 def calibrate(
     *,
-    model: Annotated[Path, typer.Option("--model", "-m", help="What fit-exits wrote, or a Hugging Face folder.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Images, for a model of images.")] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text, for a decoder.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Decoder: tokens of the text to use.")] = 4096,
+    model: Annotated[
+        Path, typer.Option("--model", "-m", metavar="FOLDER", help="What fit-exits wrote, or a Hugging Face folder.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="IMAGES", help="Images, for a model of images.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text, for a decoder.")] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=64, help="Decoder: tokens of the text to use.")
+    ] = 4096,
     device: Annotated[
         str | None,
         typer.Option("--device", "-d", metavar="DEVICE", help="Profile: name or device.json; else a quick look here."),
@@ -305,9 +348,11 @@ def calibrate(
         ),
     ] = "executorch",
     threads: Threads = 1,
-    mixes: Annotated[int, typer.Option("--mixes", min=0, help="Mixes of precisions to run for real.")] = 8,
+    mixes: Annotated[int, typer.Option("--mixes", metavar="N", min=0, help="Mixes of precisions to run for real.")] = 8,
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The calibration folder.")] = Path("calibration"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The calibration folder.")] = Path(
+        "calibration"
+    ),
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -315,6 +360,7 @@ def calibrate(
     """Measure losses, confidences and whole mixes on real images or text; the only slow stage, resumable."""
     from edgeflex import flow
 
+    _note_threads(threads)
     if flow.is_decoder(model):
         if text is None or data is not None or device is not None or target != "executorch":
             raise InputError(f"{str(model)!r} is a decoder: give --text FILE, and no --data, --device or --target.")
@@ -324,7 +370,7 @@ def calibrate(
         )  # fmt: skip
         _result(measured, _decoder_text("decoder_calibration_text"), as_json=as_json)
         if not as_json:
-            _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2GiB --latency 60ms/token")
+            _say(f"\nWrote {output}. Next: edgeflex plan {output}\n{terminal.prose(_DECODER_BUDGETS)}")
         return
     if not model.is_dir():
         raise InputError(f"--model {str(model)!r} is no folder. Give what fit-exits wrote, or a Hugging Face folder.")
@@ -349,7 +395,7 @@ def calibrate(
         _print_json(found)
         return
     _say(terminal.mixes_text(found))
-    _say(f"\nWrote {output}. Next: edgeflex plan {output} --memory 2MiB --max-drop 2%")
+    _say(f"\nWrote {output}. Next: edgeflex plan {output} --sweep\n{terminal.prose(_BUDGETS)}")
 
 
 def _decoder_text(name: str) -> Callable[[Any], str]:
@@ -367,7 +413,9 @@ def _up_to(threads: int) -> tuple[int, ...]:
 
 @app.command(short_help="Decide under budgets, with proof")
 def plan(
-    calibration: Annotated[Path | None, typer.Argument(help="The folder that calibrate wrote.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Argument(metavar="CALIBRATION", help="The folder that calibrate wrote.")
+    ] = None,
     *,
     memory: Annotated[
         str | None,
@@ -401,8 +449,9 @@ def plan(
         str | None, typer.Option("--max-drop", metavar="SHARE", help="Most accuracy to lose, e.g. 1%.")
     ] = None,
     confidence: Annotated[
-        str, typer.Option("--confidence", metavar="SHARE", help="How sure the accuracy promise must be.")
-    ] = "95%",
+        str | None,
+        typer.Option("--confidence", metavar="SHARE", help="How sure the accuracy promise must be; 95% if absent."),
+    ] = None,
     disk: Annotated[str | None, typer.Option("--disk", metavar="SIZE", help="Most bytes of the program file.")] = None,
     minimize: Annotated[
         str | None,
@@ -425,11 +474,16 @@ def plan(
         typer.Option("--max-perplexity", metavar="SHARE", help="Decoder: most rise of perplexity over fp32, e.g. 2%."),
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option("--prompt-tokens", min=1, help="Decoder: prompt of --first-token; 256, or what fits.")
+        int | None,
+        typer.Option(
+            "--prompt-tokens", metavar="N", min=1, help="Decoder: prompt of --first-token; 256, or what fits."
+        ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", min=2, help="Decoder: tokens of prompt and answer; 1024, or what it knows."),
+        typer.Option(
+            "--context", metavar="N", min=2, help="Decoder: tokens of prompt and answer; 1024, or what it knows."
+        ),
     ] = None,
     dry_run: Annotated[
         str | None, typer.Option("--dry-run", metavar="MODEL", help="Decoder: what fits, from its headers alone.")
@@ -437,12 +491,16 @@ def plan(
     device: Annotated[
         str | None, typer.Option("--device", "-d", metavar="DEVICE", help="Plan for another profile.")
     ] = None,
-    table: Annotated[Path | None, typer.Option("--table", help="Solve a saved cost table instead.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="FILE", help="Solve a saved cost table instead.")
+    ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Print the Pareto curve.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curve to a .svg or .png.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")] = Path(
+        "plan.json"
+    ),
     as_json: Json = False,
 ) -> None:
     """Choose thresholds and precisions together under the budgets; nothing is measured here."""
@@ -451,7 +509,10 @@ def plan(
     from edgeflex.files import write_atomic
 
     if dry_run is not None or (calibration is not None and flow.is_decoder_calibration(calibration)):
-        idle = {"--max-drop": max_drop, "--table": table, "--plot": plot, "--sweep": sweep or None}
+        idle = {
+            "--max-drop": max_drop, "--confidence": confidence, "--table": table, "--plot": plot,
+            "--sweep": sweep or None,
+        }  # fmt: skip
         _plan_decoder(
             calibration,
             {
@@ -479,6 +540,11 @@ def plan(
         return
     if calibration is None:
         raise InputError("plan needs the folder that edgeflex calibrate wrote, or --table FILE. Name one.")
+    if flow.is_decoder(calibration):
+        raise InputError(
+            f"{str(calibration)!r} is a decoder, not its calibration. Run edgeflex calibrate --model {calibration} "
+            f"--text FILE first, or see what would fit: edgeflex plan --dry-run {calibration}"
+        )
     target = None if device is None else _device(device)
     if sweep or plot is not None:
         _curve(flow.sweep(calibration, budget), plot, as_json=as_json)
@@ -577,8 +643,10 @@ def _curve(curve: Curve, plot: Path | None, *, as_json: bool) -> None:
 def export(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.json.")],
     *,
-    model: Annotated[Path, typer.Option("--model", "-m", help="What was calibrated: a folder.")],
-    calibration: Annotated[Path, typer.Option("--calibration", help="The folder that calibrate wrote.")],
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="FOLDER", help="What was calibrated: a folder.")],
+    calibration: Annotated[
+        Path, typer.Option("--calibration", metavar="FOLDER", help="The folder that calibrate wrote.")
+    ],
     device: Annotated[
         str | None, typer.Option("--device", "-d", metavar="DEVICE", help="The profile planned for, if another.")
     ] = None,
@@ -591,7 +659,9 @@ def export(
     stock: Annotated[
         bool, typer.Option("--stock/--no-stock", help="Decoder: also write what a stock ExecuTorch loads.")
     ] = True,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder.")] = Path("bundle"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle folder.")] = Path(
+        "bundle"
+    ),
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -610,6 +680,7 @@ def export(
                 "--device is not for decoders: their plans are for the machine that calibrated. Leave out."
             )
         decided = DecoderPlan.parse(read_bytes(plan_file, "plan"), str(plan_file))
+        _refuse_other_kind(plan_file, model, calibration, decoder=True)
         manifest = flow.export_decoder(
             decided, str(model), calibration, output, target=target or "executorch", stock=stock, overwrite=overwrite,
             progress=_progress(quiet=quiet),
@@ -621,6 +692,7 @@ def export(
         return
 
     made = Plan.parse(read_bytes(plan_file, "plan"), str(plan_file))
+    _refuse_other_kind(plan_file, model, calibration, decoder=False)
     bundle = flow.export(
         made,
         model,
@@ -643,13 +715,33 @@ def export(
     _say(f"\nWrote {output}. Next: {following or f'edgeflex bench {output} --data IMAGES'}")
 
 
+def _refuse_other_kind(plan_file: Path, model: Path, calibration: Path, *, decoder: bool) -> None:
+    """Refuse a model or a calibration of the other kind than the plan is."""
+    from edgeflex import flow
+
+    faults = []
+    if flow.is_decoder(model) is not decoder:
+        why = (
+            "holds no config.json: give the Hugging Face folder"
+            if decoder
+            else "is a decoder: give what fit-exits wrote"
+        )
+        faults.append(f"--model {str(model)!r} {why}")
+    if flow.is_decoder_calibration(calibration) is not decoder:
+        why = "is no calibration of a decoder" if decoder else "is the calibration of a decoder"
+        faults.append(f"--calibration {str(calibration)!r} {why}: give the one that was planned")
+    if faults:
+        kind = "a decoder" if decoder else "a model of images"
+        raise InputError.collect(f"{str(plan_file)!r} is the plan of {kind}", faults)
+
+
 def _first_prompt(bundle: Path) -> str:
     return f'edgeflex run {bundle} --prompt "Once upon a time"'
 
 
 @app.command(short_help="Build TensorRT engines on the device")
 def build(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that was exported for tensorrt.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that was exported for tensorrt.")],
     *,
     workspace: Annotated[
         str | None, typer.Option("--workspace", metavar="SIZE", help="Most scratch memory while building, e.g. 1GiB.")
@@ -691,27 +783,45 @@ def doctor(*, as_json: Json = False) -> None:
 def run(
     bundle: BundleFolder,
     *,
-    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Decoder: text to go on from.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Decoder: the same from a file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="IMAGES", help="Images, for a bundle of exits.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Decoder: text to go on from.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Decoder: the same from a file.")
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Decoder: talk, line by line.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Decoder: most tokens of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Decoder: 0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Decoder: draw among so many.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Decoder: draw among this share.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Decoder: end before this text.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Decoder: most tokens of an answer.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, help="Decoder: 0 is greedy.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="N", min=1, help="Decoder: draw among so many.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="SHARE", help="Decoder: draw among this share.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Decoder: end before this text.")
+    ] = None,
     cache: OnCache = None,
     policy: Annotated[
         str | None, typer.Option("--policy", metavar="NAME", help="Decoder: of the cache, if not the plan's.")
     ] = None,
-    prefetch: Annotated[int | None, typer.Option("--prefetch", min=0, help="Decoder: layers to read ahead.")] = None,
+    prefetch: Annotated[
+        int | None, typer.Option("--prefetch", metavar="N", min=0, help="Decoder: layers to read ahead.")
+    ] = None,
     device: OnDevice = None,
     vram: OnVram = None,
     seed: Seed = 0,
     runtime: Runtime = None,
     threads: PlanThreads = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Raw samples.")] = Path("stats.json"),
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most so many images.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Raw samples.")] = Path("stats.json"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -719,6 +829,7 @@ def run(
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
+    _note_threads(threads)
     if flow.is_decoder_bundle(bundle):
         if data is not None or limit is not None or runtime is not None:
             raise InputError(
@@ -788,7 +899,7 @@ def _converse(talk: Any, output: Path, *, quiet: bool, as_json: bool) -> None:
     if as_json:
         _print_json({**stats.model_dump(mode="json"), "text": talk.said})
     elif not quiet:
-        terminal.tell(f"\n{_decoder_text('generation_text')(stats)}\nWrote {output}")
+        terminal.tell(f"\n{_decoder_text('generation_text')(stats)}\n\nWrote {output}")
     if interrupted or stats.stopped_by == "interrupt":
         terminal.tell(f"edgeflex: interrupted; the figures of the last answer are in {output}")
         raise SystemExit(_INTERRUPTED)  # not typer's, after which nobody knows what is left to be said
@@ -812,21 +923,27 @@ def _end_with(*, kept: bool) -> None:
 def bench(
     bundle: BundleFolder,
     *,
-    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Decoder: UTF-8 text that prompts are taken from.")
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="IMAGES", help="Images, for a bundle of exits.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Decoder: tokens of an answer.")] = 64,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Decoder: UTF-8 text that prompts are taken from.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=2, help="Decoder: tokens of an answer.")
+    ] = 64,
     follow_text: Annotated[
         bool, typer.Option("--follow-text", help="Decoder: answer as the text goes on, as the plan's replay does.")
     ] = False,
-    images: Annotated[int, typer.Option("--images", min=1, help="At most so many images.")] = 200,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the images.")] = 5,
+    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="At most so many images.")] = 200,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Passes over the images.")] = 5,
     device: OnDevice = None,
     vram: OnVram = None,
     cache: OnCache = None,
     threads: PlanThreads = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("bench.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Measured figures.")] = Path(
+        "bench.json"
+    ),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -835,6 +952,7 @@ def bench(
     from edgeflex.files import write_atomic
 
     result: Any
+    _note_threads(threads)
     decoder = flow.is_decoder_bundle(bundle)
     if decoder:
         if text is None or data is not None:
@@ -868,15 +986,21 @@ def bench(
 def verify(
     bundle: BundleFolder,
     *,
-    data: Annotated[Path | None, typer.Option("--data", help="Images, for a bundle of exits.")] = None,
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="Full-depth reference: the model folder.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many images.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="IMAGES", help="Images, for a bundle of exits.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", metavar="FOLDER", help="Full-depth reference: the model folder.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most so many images.")] = None,
     runtime: Runtime = None,
     device: OnDevice = None,
     vram: OnVram = None,
     cache: OnCache = None,
     threads: PlanThreads = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Measured figures.")] = Path("verify.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Measured figures.")] = Path(
+        "verify.json"
+    ),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -884,22 +1008,20 @@ def verify(
     from edgeflex import flow
     from edgeflex.files import write_atomic
 
+    _note_threads(threads)
     if flow.is_decoder_bundle(bundle):
         if data is not None or model is not None or limit is not None or runtime is not None:
             raise InputError(
                 "--data, --model, --limit and --runtime are for bundles of exits; a decoder's carries its own answers."
             )
-        checks = flow.verify_decoder(
+        found = flow.verify_decoder(
             bundle, threads=threads, on=flow.Place(device, vram, cache), progress=_progress(quiet=quiet)
         )
-        document = {"kind": "decoder", "checks": [one.model_dump(mode="json") for one in checks]}
-        write_atomic(output, json.dumps(document, sort_keys=True))
-        if as_json:
-            _print_json(document)
-        else:
-            _say(terminal.checks_text(checks))
+        write_atomic(output, found.canonical_json())
+        _result(found, lambda one: terminal.checks_text(one.checks), as_json=as_json)
+        if not as_json:
             _say(f"\nWrote {output}")
-        _end_with(kept=all(one.ok for one in checks))
+        _end_with(kept=all(one.ok for one in found.checks))
         return
     if data is None:
         raise _for_exits(bundle, "give --data IMAGES")
@@ -913,7 +1035,7 @@ def verify(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
-        _say(f"\n{terminal.sample_text(result)}\nWrote {output}")
+        _say(f"\n{terminal.sample_text(result)}\n\nWrote {output}")
     _end_with(kept=all(check.ok for check in result.checks))
 
 
@@ -921,10 +1043,16 @@ def verify(
 def report(
     bundle: BundleFolder,
     *,
-    bench_file: Annotated[Path | None, typer.Option("--bench", help="bench.json of this bundle.")] = None,
-    verify_file: Annotated[Path | None, typer.Option("--verify", help="verify.json of this bundle.")] = None,
-    stats_file: Annotated[Path | None, typer.Option("--stats", help="stats.json of this bundle.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    bench_file: Annotated[
+        Path | None, typer.Option("--bench", metavar="FILE", help="bench.json of this bundle.")
+    ] = None,
+    verify_file: Annotated[
+        Path | None, typer.Option("--verify", metavar="FILE", help="verify.json of this bundle.")
+    ] = None,
+    stats_file: Annotated[
+        Path | None, typer.Option("--stats", metavar="FILE", help="stats.json of this bundle.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: promise against measurement."""
@@ -933,10 +1061,10 @@ def report(
     from edgeflex.schema import BenchResult, RunStats, VerifyResult
 
     if flow.is_decoder_bundle(bundle):
-        shown, sentence = flow.report_decoder(
+        shown = flow.report_decoder(
             bundle, output, bench_file=bench_file, stats_file=stats_file, verify_file=verify_file
         )
-        _result(shown, lambda _: sentence, as_json=as_json)
+        _result(shown, _decoder_text("decoder_report_text"), as_json=as_json)
         if not as_json:
             _say(f"\nWrote {output}")
         return
@@ -960,18 +1088,21 @@ def report(
 
 @trace_app.command("record", short_help="Write which experts an answer uses")
 def trace_record(
-    bundle: Annotated[Path, typer.Argument(help="A decoder's bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A decoder's bundle.")],
     *,
-    prompt_file: Annotated[Path, typer.Option("--prompt-file", help="UTF-8 text to go on from.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens to answer.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    prompt_file: Annotated[Path, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text to go on from.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the trace goes.")] = Path("trace.csv"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the trace goes.")] = Path(
+        "trace.csv"
+    ),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer a prompt and write which experts every token used."""
     from edgeflex import flow
+    from edgeflex.bundle_moe import open_decoder_bundle
 
     tokens = flow.record_trace(
         bundle, prompt_file, output, max_tokens=max_tokens, temperature=temperature, seed=seed,
@@ -980,12 +1111,16 @@ def trace_record(
     if as_json:
         _print_json({"tokens": tokens, "output": str(output)})
         return
-    _say(f"{tokens} answered tokens\n\nWrote {output}. Next: edgeflex trace simulate {output} --cache 1GiB")
+    cache_bytes = open_decoder_bundle(bundle).manifest.plan.cache_bytes
+    following = f"edgeflex trace simulate {output} --cache {max(cache_bytes // 1024, 1)}KiB"
+    _say(f"{terminal.counted(tokens, 'answered token')}\n\nWrote {output}. Next, with the plan's cache: {following}")
 
 
 @trace_app.command("simulate", short_help="Replay a trace through the cache")
 def trace_simulate(
-    trace: Annotated[Path, typer.Argument(help="A recorded trace: trace.csv of a calibration, or a public one.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A recorded trace: trace.csv of a calibration, or a public one.")
+    ],
     *,
     cache: Annotated[
         str | None,
@@ -1075,7 +1210,7 @@ def trace_simulate(
 @app.command(short_help="Walk the whole way on two small models")
 def quickstart(
     *,
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Where everything goes.")] = Path(
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where everything goes.")] = Path(
         "edgeflex-quickstart"
     ),
     as_json: Json = False,
@@ -1105,7 +1240,7 @@ def _fail(error: EdgeflexError) -> int:
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": str(error), **error.details()}
         _print_json(document)
-    text = f"edgeflex: {error}"
+    text = terminal.printable(f"edgeflex: {error}", sys.stderr)
     # a terminal would break lines inside words; whoever reads a pipe wants them whole
     sys.stderr.write(f"{terminal.prose(*text.splitlines()) if sys.stderr.isatty() else text}\n")
     return error.exit_code

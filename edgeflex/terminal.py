@@ -18,10 +18,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.units import format_bytes, format_fine_time, format_share, format_time
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from edgeflex.profiles.doctor import Doctor
     from edgeflex.progress import Advance
@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     )
     from edgeflex.schema_trt import EngineIndex, ExpertWay
 
+ABSENT = "–"
 _MANY_LAYERS = 24  # more are counted, not listed
 _SHORT_CELL = 14  # a number with its unit: never broken
 _LONG_WORD = 22  # longer ones, as names of layers, may be broken
+_PLAIN = str.maketrans({"µ": "u", "–": "-", "−": "-", "±": "+-", "×": "x", "…": "..."})
 # The terminal's standard error while native libraries write to a log instead.
 _people: ContextVar[TextIO | None] = ContextVar("_people", default=None)
 
@@ -60,6 +62,7 @@ class Bars:
         """Show one bar while the block runs."""
         from rich import progress
 
+        title = title[:1].upper() + title[1:]
         if not self.console.is_terminal:
             self.note(f"{title} …")
             yield lambda _count: None
@@ -76,13 +79,24 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(printable(text, self.console.file), highlight=False, markup=False)
+
+
+def printable(text: str, stream: Any) -> str:
+    """Return text whose signs the stream's encoding can print: where it lacks µ, – and their kin, in plain letters."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN)
+    except LookupError:  # an encoding that Python does not know
+        pass
+    return text
 
 
 def tell(text: str) -> None:
     """Print a line beside the result, where people see it also while native libraries write elsewhere."""
     people = _people.get() or sys.stderr
-    people.write(f"{text}\n")
+    people.write(f"{printable(text, people)}\n")
     people.flush()
 
 
@@ -256,7 +270,7 @@ def fit_text(report: Any) -> str:
             f"{one.accuracy * 100:.2f} %",
             f"{one.ece * 100:.2f} %",
             f"{one.share * 100:.1f} %",
-            "-" if one.accuracy_of_leavers is None else f"{one.accuracy_of_leavers * 100:.2f} %",
+            ABSENT if one.accuracy_of_leavers is None else f"{one.accuracy_of_leavers * 100:.2f} %",
             f"{one.temperature:.2f}",
         )
         for one in report.exits
@@ -268,11 +282,11 @@ def fit_text(report: Any) -> str:
 def mixes_text(found: Candidates) -> str:
     """Return the measured mixes of a calibration."""
     rows = [
-        (one.mix, f"{one.accuracy * 100:.2f} %", str(len(one.scenarios)), _precision_counts(one.choices))
+        (_precision_counts(one.choices), f"{one.accuracy * 100:.2f} %", str(len(one.scenarios)))
         for one in found.candidates
     ]
-    title = "Measured mixes, on the images kept for choosing"
-    return table_text(title, ("mix", "accuracy", "policies", "precisions"), rows, words=("precisions",))
+    title = "Measured mixes of precisions, on the images kept for choosing"
+    return table_text(title, ("layers", "accuracy at full depth", "exit policies"), rows)
 
 
 def _precision_counts(choices: Sequence[Choice]) -> str:
@@ -294,7 +308,7 @@ def _fine(proof: Proof, value: float) -> str:
     """Return a value with the digits that tell an objective from its bound."""
     if proof.minimize == "memory":
         return f"{value:,.0f} bytes"
-    return f"{value * 1e3:.5g} ms" if proof.minimize == "latency" else f"{value * 100:.4g} %"
+    return format_fine_time(value) if proof.minimize == "latency" else f"{value * 100:.4g} %"
 
 
 def solution_text(solution: Solution) -> str:
@@ -325,7 +339,9 @@ def plan_text(made: Plan) -> str:
     else:
         listed = table_text("Precisions", ("layer", "precision"), precisions, words=("precision",))
     parts = [
-        table_text(head, ("promise", "value", "range or parts"), _promise_rows(made), words=("range or parts",)),
+        table_text(
+            head, ("promise", "limit", "value", "range or parts"), _promise_rows(made), words=("range or parts",)
+        ),
         table_text("Exits", ("exit", "threshold", "leave here"), _exit_rows(made)),
         listed,
     ]
@@ -341,21 +357,37 @@ def plan_text(made: Plan) -> str:
     return "\n\n".join([*parts, prose(*lines)])
 
 
-def _promise_rows(made: Plan) -> list[tuple[str, str, str]]:
-    memory = made.memory
+def _promise_rows(made: Plan) -> list[tuple[str, str, str, str]]:
+    memory, budget = made.memory, made.budget
+    times = {one.statistic: format_time(one.limit_s) for one in sorted(budget.latency, key=lambda one: -one.limit_s)}
+    most_bytes = min(budget.memory_bytes.values(), default=None)
     parts = (
         f"weights {format_bytes(memory.weights_bytes)}, activations {format_bytes(memory.activation_bytes)}, "
         f"overhead {format_bytes(memory.overhead_bytes)}"
     )
     return [
         *(
-            (f"latency {name}", format_time(span.value), f"{format_time(span.low)} to {format_time(span.high)}")
+            (
+                f"latency {name}",
+                times.get(name, ABSENT),
+                format_time(span.value),
+                f"{format_time(span.low)} to {format_time(span.high)}",
+            )
             for name, span in made.latency_interval_s.items()
         ),
-        (made.memory_name, format_bytes(memory.model_bytes), parts),
-        ("file", f"{made.predicted.disk_bytes} B", "exact"),
-        ("drop", format_share(made.predicted.loss), "on the images it was chosen on"),
+        (made.memory_name, _or_absent(most_bytes, format_bytes), format_bytes(memory.model_bytes), parts),
+        ("file", _or_absent(budget.disk_bytes, format_bytes), f"{made.predicted.disk_bytes:,} B", "exact"),
+        (
+            "drop",
+            _or_absent(budget.max_drop, format_share),
+            format_share(made.predicted.loss),
+            "on the images it was chosen on",
+        ),
     ]
+
+
+def _or_absent(value: Any, show: Callable[[Any], str]) -> str:
+    return ABSENT if value is None else show(value)
 
 
 def _exit_rows(made: Plan) -> list[tuple[str, str, str]]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS
-from edgeflex.terminal import counted, prose, table_text
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.terminal import ABSENT, counted, prose, table_text
+from edgeflex.units import format_bytes, format_fine_time, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         UnitLoss,
     )
 
-ABSENT = "–"
 _PARTS = ("dense weights", "expert cache", "keys and values", "activations", "runtime")
 _FINDINGS = {
     "fits": "FITS: every expert stays in memory",
@@ -300,7 +299,7 @@ def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
     first, *others = _memory_rows(plan)
     process = [("embedding", *first[1:]), *others]
     host = "The process, in the same memory" if gpu.one_memory else "Memory of the process"
-    tried = [(f"{one.placement} ({one.policy})", format_time(one.token_s), _rate(one.token_s)) for one in gpu.trials]
+    tried = [(_placed(one.placement, one.policy), format_time(one.token_s), _rate(one.token_s)) for one in gpu.trials]
     return _blocks(
         prose(finding, *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
@@ -311,6 +310,10 @@ def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
         _precision_table(plan),
         prose(_proof_text(plan.proof), *(f"assumed: {one}" for one in gpu.assumptions)),
     )
+
+
+def _placed(placement: str, policy: str) -> str:
+    return placement if placement == policy else f"{placement} ({policy})"
 
 
 def _placement_rows(plan: DecoderPlan, gpu: GpuPlacement) -> Iterator[tuple[str, str]]:
@@ -372,6 +375,9 @@ def _proof_text(proof: Proof | None) -> str:
             f"Proof: optimal for the measured costs, {what} {_fine(proof, proof.objective)}, bound "
             f"{_fine(proof, proof.bound)} ({tried})"
         )
+    if proof.gap <= proof.tolerance:
+        same = "no plan goes below that, by the recorded trace"
+        return f"Proof: best found, {what} {_fine(proof, proof.objective)}; {same} ({tried})"
     return (
         f"Proof: best found, {what} {_fine(proof, proof.objective)}; no plan goes below {_fine(proof, proof.bound)}, "
         f"so a better one may exist within {format_share(proof.gap, 1)} ({tried})"
@@ -382,7 +388,7 @@ def _fine(proof: Proof, value: float) -> str:
     """Return a value with the digits that tell an objective from its bound."""
     if proof.minimize == "memory":
         return f"{value:,.0f} bytes"
-    return f"{value * 1e3:.5g} ms" if proof.minimize == "latency" else f"{value:.5g} nats"
+    return format_fine_time(value) if proof.minimize == "latency" else f"{value:.5g} nats"
 
 
 # --- bundle ------------------------------------------------------------------------------------------
@@ -464,6 +470,8 @@ def _split_rows(stats: DecoderRunStats, total_s: float) -> Iterator[tuple[str, s
         "in experts": math.fsum(time.expert_s for time in stats.times),
         "waiting for reads": math.fsum(time.wait_s for time in stats.times),
     }
+    # clocks of several threads overlap, so that parts can come to a little more than the whole
+    parts["beside these"] = max(total_s - math.fsum(parts.values()), 0.0)
     for name, part_s in parts.items():
         yield f"- {name}", format_share(part_s / total_s, 1), ""
 
@@ -496,14 +504,13 @@ def _prefetch(cache: DecoderCacheStats) -> str:
 
 def decoder_report_text(report: DecoderReportDocument) -> str:
     """Return a decoder's report: its sentence, every budget, and every further promise."""
-    from edgeflex.reports.decoder import outcome
+    from edgeflex.reports.decoder import further, outcome
     from edgeflex.reports.summary import row
 
     rows = [row(check, budget=True) for check in report.verdicts]
-    rows += [row(check, budget=False) for check in report.checks]
-    return _blocks(
-        prose(outcome(report)[1]), table_text("", ("promise", "limit", "promised", "measured", "verdict"), rows)
-    )
+    rows += [row(check, budget=False) for check in further(report)]
+    columns = ("promise", "limit", "promised", "measured", "verdict")
+    return _blocks(prose(outcome(report)[1]), table_text("", columns, rows, words=("verdict",)))
 
 
 def device_record_text(record: DeviceRecord) -> str:

@@ -153,15 +153,27 @@ def format_time(seconds: float, *, up: bool = False) -> str:
     """Return a short time; with ``up`` no less than ``seconds``, so that it can be given back as a limit.
 
     >>> format_time(0.0004), format_time(0.0125), format_time(2.0)
-    ('400.0 us', '12.50 ms', '2.00 s')
+    ('400.0 µs', '12.50 ms', '2.00 s')
     >>> format_time(0.012541), format_time(0.012541, up=True)
     ('12.54 ms', '12.55 ms')
     """
     if abs(seconds) < 1e-3:
-        return f"{_digits(seconds * 1e6, 1, up=up)} us"
+        return f"{_digits(seconds * 1e6, 1, up=up)} µs"
     if abs(seconds) < 1.0:
         return f"{_digits(seconds * 1e3, 2, up=up)} ms"
     return f"{_digits(seconds, 2, up=up)} s"
+
+
+def format_fine_time(seconds: float) -> str:
+    """Return a time with five significant digits, which tell a value from its bound, in the unit of ``format_time``.
+
+    >>> format_fine_time(0.000012834), format_fine_time(0.00027785), format_fine_time(2.0)
+    ('12.834 µs', '277.85 µs', '2 s')
+    """
+    for scale, unit in ((1e6, "µs"), (1e3, "ms")):
+        if abs(seconds) * scale < 1e3:
+            return f"{seconds * scale:.5g} {unit}"
+    return f"{seconds:.5g} s"
 
 
 def format_share(share: float, digits: int = 2, *, up: bool = False) -> str:

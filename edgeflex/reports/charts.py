@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from edgeflex.errors import InputError
-from edgeflex.files import write_atomic
+from edgeflex.files import StrPath, path_of, write_atomic
 from edgeflex.reports.svg import (
     LINE_PX,
     Box,
@@ -33,7 +33,6 @@ from edgeflex.reports.svg import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from io import BytesIO
-    from pathlib import Path
 
     from edgeflex.schema import Curve, CurvePoint, Precision
 
@@ -98,7 +97,7 @@ def display_unit(quantity: Quantity, largest: float) -> tuple[float, str]:
     if quantity == "share":
         return 100.0, "%"
     if quantity == "s":
-        return (1.0, "s") if largest >= 1 else (1e3, "ms") if largest >= 1e-5 else (1e6, "µs")
+        return (1.0, "s") if largest >= 1 else (1e3, "ms") if largest >= 1e-3 else (1e6, "µs")
     power = min(int(math.log(max(largest, 1.0), 1024)), 4)
     return 1024.0**-power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
 
@@ -461,13 +460,14 @@ def legend_sign(kind: Kind) -> Markup:
 # --- file --------------------------------------------------------------------------------------------
 
 
-def save_curve(curve: Curve, path: Path) -> None:
+def save_curve(curve: Curve, path: StrPath) -> None:
     """Draw the Pareto curve into an ``.svg`` or ``.png`` file; equal curves give equal bytes.
 
     Raises:
         InputError: The curve is empty, or the suffix is another.
         DeviceError: The disk is full.
     """
+    path = path_of(path)
     suffix = path.suffix.lower()
     if suffix not in {".svg", ".png"}:
         msg = f"plot file {str(path)!r} ends in {suffix!r}; a curve is drawn as .svg or .png. Rename it."

@@ -12,10 +12,10 @@ from edgeflex.reports.html import render
 from edgeflex.reports.sections import check_row
 from edgeflex.reports.summary import format_seconds, state_of
 from edgeflex.schema import Check, Document
-from edgeflex.schema_moe import DecoderBench, DecoderManifest, DecoderRunStats, MissPoint  # noqa: TC001 - pydantic
+from edgeflex.schema_moe import DecoderBench, DecoderManifest, DecoderRunStats, DecoderVerify, MissPoint  # noqa: TC001 - pydantic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from edgeflex.schema_gpu import DeviceRecord
@@ -63,7 +63,7 @@ def build_decoder_report(
     bench: DecoderBench | None,
     stats: DecoderRunStats | None,
     points: Sequence[MissPoint] = (),
-    checks: Sequence[Check] = (),
+    verify: DecoderVerify | None = None,
 ) -> DecoderReportDocument:
     """Join a decoder's promises with the measurements that exist of it.
 
@@ -72,14 +72,15 @@ def build_decoder_report(
         bench: Repeated generations; None if it was not run.
         stats: One run; stands in for speed and memory where ``bench`` is missing.
         points: Replays of the routing trace at several cache sizes.
-        checks: What ``edgeflex verify`` found.
+        verify: What ``edgeflex verify`` found; None if it was not run.
 
     Raises:
         InputError: A result was measured on another bundle.
     """
-    _require_same_bundle(manifest, bench, stats)
+    _require_same_bundle(manifest, {"bench": bench, "verify": verify, "run": stats})
     verdicts = tuple(_verdicts(manifest, bench, stats))
-    others = tuple(_other_checks(verdicts, (*(bench.checks if bench is not None else ()), *checks)))
+    checks = [check for result in (bench, verify) if result is not None for check in result.checks]
+    others = tuple(_other_checks(verdicts, checks))
     runs = bench.runs if bench is not None and bench.runs else (() if stats is None else (stats,))
     place = runs[0].device if runs else manifest.backend
     return DecoderReportDocument(
@@ -91,6 +92,14 @@ def build_decoder_report(
         verdicts=verdicts,
         checks=others,
     )
+
+
+def further(report: DecoderReportDocument) -> Iterator[Check]:
+    """Give the promises beside the budgets; one that shares a budget's name says which of the two it is."""
+    budgets = {one.name for one in report.verdicts}
+    for check in report.checks:
+        promise = f"{check.name} as promised"
+        yield check.model_copy(update={"name": promise}) if check.name in budgets else check
 
 
 def to_decoder_html(report: DecoderReportDocument) -> str:
@@ -110,7 +119,7 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
         sentence=outcome(report)[1],
         finding={"state": state, "word": word, "sentence": finding},
         verdicts=[check_row(check, budget=True) for check in report.verdicts],
-        others=[check_row(check, budget=False) for check in report.checks],
+        others=[check_row(check, budget=False) for check in further(report)],
         memory=decoder_sections.memory_bars(plan, max(runs, key=held_bytes, default=None)),
         held=decoder_sections.memory_section(plan, runs),
         placement=decoder_placement.placement_section(plan),
@@ -178,12 +187,14 @@ def _measured_hits(runs: Sequence[DecoderRunStats]) -> tuple[int, float] | None:
     return (runs[0].cache.capacity_bytes, hits / uses) if uses else None
 
 
-def _require_same_bundle(manifest: DecoderManifest, bench: DecoderBench | None, stats: DecoderRunStats | None) -> None:
+def _require_same_bundle(
+    manifest: DecoderManifest, results: Mapping[str, DecoderBench | DecoderVerify | DecoderRunStats | None]
+) -> None:
     digest = manifest.digest()
     faults = [
         f"the {command} result was measured on bundle {result.manifest_digest[:12] or 'unknown'}, "
         f"this bundle is {digest[:12]}; run `edgeflex {command}` on this bundle"
-        for command, result in (("bench", bench), ("run", stats))
+        for command, result in results.items()
         if result is not None and result.manifest_digest != digest
     ]
     if faults:

@@ -10,6 +10,7 @@ from edgeflex.errors import InputError
 from edgeflex.reports import sections, summary
 from edgeflex.reports.summary import format_seconds, format_value
 from edgeflex.reports.svg import clean
+from edgeflex.units import format_fine_time
 
 if TYPE_CHECKING:
     from edgeflex.schema import CostTable, Report
@@ -76,7 +77,7 @@ def _fine(value: float, unit: str) -> str:
     """Return a value with the digits that tell an objective from its bound."""
     if unit == "bytes":
         return f"{value:,.0f} bytes"
-    return f"{value * 1e3:.5g} ms" if unit == "s" else f"{value:.5g}"
+    return format_fine_time(value) if unit == "s" else f"{value:.5g}"
 
 
 def _require_sound(report: Report, table: CostTable | None) -> None:

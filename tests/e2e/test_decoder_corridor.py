@@ -337,6 +337,28 @@ def test_a_terminal_that_knows_no_unicode_sees_escapes(
     assert out == walk.run["text"].encode("ascii", "backslashreplace").decode() + "\n"
 
 
+def test_signs_that_a_terminal_lacks_are_written_in_plain_letters(
+    walk: Walk, here: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start(["plan", "in/calibration", "--prompt-tokens", "16"])
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert "\\" not in out
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("memory ")]
+    assert row[1] == "-", "no limit"
+
+
+def test_more_threads_than_processors_are_answered_with_a_note(walk: Walk, here: Path, start: Start):
+    threads = (os.cpu_count() or 1) + 1
+    process = start(["run", "in/bundle", *SHORT, "--threads", str(threads), "-q", "--json"])
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert json.loads(out)["text"] == walk.run["text"]
+    assert err.startswith(f"edgeflex: note: {threads} threads on ")
+    assert err.count("\n") == 1
+
+
 def test_memory_and_files_are_measured_as_promised_and_reported(walk: Walk, here: Path, edgeflex: Command):
     """Times are not judged here: other work on the machine may double them, and answers are another test's.
 
@@ -356,6 +378,11 @@ def test_memory_and_files_are_measured_as_promised_and_reported(walk: Walk, here
     files = ("--bench", "bench.json", "--verify", "verify.json", "--stats", "stats.json")
     done = edgeflex("report", "bundle", *files)
     assert done.code == 0, done.err
+    assert "sound files" in done.out
+    Path("list.json").write_text("[1]")
+    for other in ("stats.json", "list.json"):
+        line = ("report", "bundle", "--verify", other, "-o", "other.html")
+        refused(edgeflex, line, 2, "not a valid DecoderVerify")
     page = Path("report.html").read_text()
     assert page.lower().startswith("<!doctype html>")
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -498,6 +525,7 @@ def test_the_recorded_trace_can_be_simulated(walk: Walk, here: Path, edgeflex: C
 # --- what is refused -----------------------------------------------------------------------------------------
 
 RUN = ("run", "in/bundle")
+EXPORT = ("export", "in/plan.json", "--calibration", "in/calibration", "-o", "out")
 BAD_LINES: list[tuple[str, tuple[object, ...], tuple[str, ...]]] = [
     ("no prompt", RUN, ("none was given", "--prompt")),
     ("empty prompt", (*RUN, "--prompt", ""), ("the prompt: it is empty",)),
@@ -516,7 +544,16 @@ BAD_LINES: list[tuple[str, tuple[object, ...], tuple[str, ...]]] = [
     ("no bundle", ("run", "nowhere", "-p", "a"), ("'nowhere' is not a folder",)),
     ("time per frame", ("plan", "in/calibration", "--latency", "60ms/frame"), ("'frame'", "60ms/token")),
     ("two times", ("plan", "in/calibration", "--latency", "6ms", "--latency", "7ms"), ("2 limits",)),
+    ("statistic of a time", ("plan", "in/calibration", "--latency", "60ms:p95"), ("'60ms:p95'", "mean", "60ms/token")),
     ("option of images", ("plan", "in/calibration", "--max-drop", "1%"), ("--max-drop", "--max-kl")),
+    ("certainty of a drop", ("plan", "in/calibration", "--confidence", "90%"), ("--confidence", "not for decoders")),
+    ("decoder as its calibration", ("plan", "in/model"), ("'in/model'", "not its calibration", "--dry-run in/model")),
+    ("unknown target", (*EXPORT, "-m", "in/model", "--target", "tflite"), ("'tflite'", "executorch, onnx, tensorrt")),
+    (
+        "model and calibration of images",
+        ("export", "in/plan.json", "-m", "in/images", "--calibration", "in/images", "-o", "out"),
+        ("plan of a decoder: 2 faults", "--model 'in/images'", "config.json", "--calibration 'in/images'"),
+    ),
     ("long context", ("plan", "in/calibration", "--context", 129), ("--context", f"the {CONTEXT} that")),
     ("long prompt planned", ("plan", "in/calibration", "--prompt-tokens", 500), ("500 do not fit",)),
     ("calibration and folder", ("plan", "in/calibration", "--dry-run", "in/model"), ("two sources",)),
@@ -757,6 +794,9 @@ def test_an_interrupted_calibration_goes_on_and_finds_the_same(walk: Walk, here:
     answered(*CALIBRATE, "--threads", 2)
     rates = json.loads(Path("calibration/rates.json").read_text())
     assert {one["threads"] for one in rates["matrices"]} == {1, 2}, "more threads are measured when they are asked for"
+    Path("calibration/rates.json").write_text(json.dumps(rates | {"of_another_release": 1.0}))
+    answered(*CALIBRATE)
+    assert "of_another_release" not in Path("calibration/rates.json").read_text(), "what another release wrote is not"
 
 
 def test_a_calibration_that_dies_at_each_file_in_turn_gets_there(

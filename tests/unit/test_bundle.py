@@ -101,11 +101,11 @@ def test_every_fault_is_named_at_once(bundle: Bundle) -> None:
 
 def test_a_missing_manifest_is_a_damaged_bundle(bundle: Bundle) -> None:
     (bundle.path / MANIFEST_NAME).unlink()
-    with pytest.raises(BundleError, match=r"manifest\.json.*does not exist.*Export it again"):
+    with pytest.raises(BundleError, match=r"manifest\.json.*no bundle.*export it again"):
         open_bundle(bundle.path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\xff\x00", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "\xff\x00", "[]", "{}", "[" * 100_000])
 def test_a_manifest_that_is_no_manifest_is_refused(bundle: Bundle, text: str) -> None:
     (bundle.path / MANIFEST_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(BundleError, match="manifest"):

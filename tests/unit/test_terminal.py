@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from edgeflex import terminal
 from edgeflex.plans import solve
 from edgeflex.profiles import load, names
-from edgeflex.schema import Curve, CurvePoint, Figure, Overlap
+from edgeflex.schema import Budget, Curve, CurvePoint, Figure, Interval, LatencyLimit, Overlap, Tier
 from tests.builders import decision, option, random_budget, table
+from tests.toy_bundle import toy_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +130,30 @@ def test_a_narrow_plan_proof_is_folded_between_words(width):
 
 def test_no_result_holds_colours_where_no_terminal_reads_it():
     assert "\x1b" not in at(WIDE, "Title", ["layer"], [["stem"]])
+
+
+def test_a_plan_shows_each_limit_beside_what_it_promises(width):
+    width(WIDE)
+    limits = Budget(
+        memory_bytes={Tier.HOST: 2 << 20}, latency=(LatencyLimit(limit_s=9e-4, statistic="p95"),), max_drop=0.02
+    )
+    spans = {"mean": Interval(value=1e-3, low=0.0, high=1.0), "p95": Interval(value=8e-4, low=0.0, high=1.0)}
+    text = terminal.plan_text(toy_plan(budget=limits, latency_interval_s=spans))
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "2.00 MiB" in rows["memory"]
+    assert "900.0 µs" in rows["latency p95"]
+    assert "2.00 %" in rows["drop"]
+    for name in ("latency mean", "file"):
+        assert "–" in rows[name], "no limit was set"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "1 µs – 2 …"), ("ascii", "1 us - 2 ..."), ("no-such", "1 µs – 2 …")]
+)
+def test_signs_stay_only_where_the_encoding_has_them(encoding: str, shown: str):
+    stream = SimpleNamespace(encoding=encoding)
+    assert terminal.printable("1 µs – 2 …", stream) == shown
+    assert terminal.printable("plain", stream) == "plain"
 
 
 # --- standard error ---------------------------------------------------------------------------------------

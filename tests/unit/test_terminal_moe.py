@@ -205,6 +205,15 @@ def test_a_plan_is_never_called_optimal_without_a_proof(width):
     assert "Proof: optimal" in terminal_moe.decoder_plan_text(proven)
 
 
+def test_a_plan_as_good_as_its_bound_is_not_said_to_leave_room(width):
+    width(400)
+    proof = sample_plan().proof
+    assert proof is not None
+    met = sample_plan(proof=proof.model_copy(update={"bound": proof.objective, "gap": 0.0}))
+    assert "no plan goes below that, by the recorded trace" in terminal_moe.decoder_plan_text(met)
+    assert "better one may exist" not in terminal_moe.decoder_plan_text(met)
+
+
 # --- run ----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +227,8 @@ def test_a_run_tells_speed_hits_and_memory_beside_the_plan(width):
     assert cells(text, "expert hits")[-1] == "79.2 %"
     waited_s = sum(time.wait_s for time in stats.times)
     assert cells(text, "- waiting") == ["- waiting for reads", f"{waited_s / (mean_s * len(stats.times)) * 100:.1f} %"]
+    parts = [float(line.split()[-2]) for line in text.splitlines() if line.startswith("- ")]
+    assert sum(parts) == pytest.approx(100, abs=0.3), "what a token's time went to is all of it"
 
 
 def test_a_run_of_one_token_has_no_rate_and_no_split(width):

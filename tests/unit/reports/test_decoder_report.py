@@ -42,7 +42,7 @@ from edgeflex.reports.decoder_sections import (
 )
 from edgeflex.schema import Check, Choice, DeviceProfile
 from edgeflex.schema_gpu import GpuMemory, GpuPlacement, PlacementTrial
-from edgeflex.schema_moe import DecoderBudget
+from edgeflex.schema_moe import DecoderBudget, DecoderVerify
 from tests.decoder_samples import (
     MIB,
     sample_bench,
@@ -165,16 +165,18 @@ def test_a_broken_promise_beside_a_met_budget_stays(manifest):
 
 def test_what_verify_found_joins_the_further_promises(manifest):
     files = Check(name="sound files", unit="count", limit=None, promised=9, measured=8, ok=False)
-    report = build_decoder_report(manifest, None, None, checks=[files])
+    found = DecoderVerify(manifest_digest=manifest.digest(), checks=(files,))
+    report = build_decoder_report(manifest, None, None, verify=found)
     assert report.checks == (files,)
     assert "sound files" in Page(to_decoder_html(report)).text
 
 
 def test_results_of_another_bundle_are_refused_all_at_once(manifest):
     other = sample_manifest(sample_graph(name="other", layers=2, experts=4, top_k=2))
+    verify = DecoderVerify(manifest_digest=other.digest(), checks=())
     with pytest.raises(InputError) as caught:
-        build_decoder_report(manifest, sample_bench(other), sample_stats(other))
-    assert "2 faults" in str(caught.value)
+        build_decoder_report(manifest, sample_bench(other), sample_stats(other), verify=verify)
+    assert "3 faults" in str(caught.value)
 
 
 def test_a_document_survives_its_own_json(full):
