@@ -134,7 +134,8 @@ def test_a_benchmark_names_and_judges_the_gpus_memory(tmp_path):
 @pytest.mark.parametrize(
     ("memory_of", "name"), [("gpu", "GPU memory"), ("shared", "memory shared by CPU and GPU"), (None, "memory")]
 )
-def test_a_plans_text_calls_its_memory_by_name(memory_of, name: str):
+def test_a_plans_text_calls_its_memory_by_name(memory_of, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")
     plan = gpu_plan(memory_of=memory_of)
     assert any(line.strip().startswith(name) for line in terminal.plan_text(plan).splitlines())
     assert ("memory_of" in plan.canonical_json()) is (memory_of is not None)
