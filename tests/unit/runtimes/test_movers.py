@@ -251,13 +251,14 @@ def test_an_interrupted_drain_leaves_readers_that_read_on_and_end(stored):
     memory = arena(BLOCKS)
     mover = Mover(memory, direct=False, readers=2, read_into=waiting)
     try:
-        mover.submit(records[0], 0, check=True)
+        first = mover.submit(records[0], 0, check=True)
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             mover.drain()
     finally:
         signal.signal(signal.SIGINT, before)
     gate.set()
+    first.wait()  # which goes to the same bytes
     again = mover.submit(records[1], 0, check=True)
     deadline = time.monotonic() + 10
     while not again.done and time.monotonic() < deadline:
