@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from edgeflex.bundle import EXPECTED, PROGRAM, PROGRAM_PART, SEEN, Bundle, seal, seen_text, write_manifest
+from edgeflex.profiles.machine import machine
 from edgeflex.runtimes.reference import ReferenceSession
 from edgeflex.runtimes.segments import all_exits
 from edgeflex.schema import (
@@ -22,7 +23,9 @@ from edgeflex.schema import (
     BundleManifest,
     Certificate,
     Choice,
+    DeviceProfile,
     ExitPoint,
+    Figure,
     Footprint,
     Interval,
     Layer,
@@ -285,3 +288,16 @@ def write_images(folder: Path, per_class: int, seed: int = 0) -> None:
 def file_digest(path: Path) -> str:
     """Return the digest of an image as its folder tells it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def this_machine() -> DeviceProfile:
+    """Return a profile of this machine that knows no kernel yet; calibration measures those of the model."""
+    facts = machine()
+    return DeviceProfile(
+        name="here",
+        title="This machine",
+        origin="measured",
+        cpu_model=facts.cpu_model,
+        isa=facts.isa,
+        call_s=Figure(value=5e-6, origin="measured", source="a test"),
+    )

@@ -132,7 +132,7 @@ def measure_rates(
     ]
     other_s, other_prefill_s = _beside_matrices(graph, threads[0], clock)
     # what an event costs because something is missing, whether or not the disk is quick
-    latency_s += missing_s(graph, threads[0], clock)
+    latency_s += _missing_s(graph, threads[0], clock)
     return DecoderRates(
         device=device,
         matrices=tuple(matrices),
@@ -329,7 +329,7 @@ class _AtOnce:
         """Do nothing: no thread was begun."""
 
 
-def missing_s(graph: DecoderGraph, threads: int = 1, clock: Clock = time.perf_counter) -> float:
+def _missing_s(graph: DecoderGraph, threads: int, clock: Clock) -> float:
     """Return the seconds that an event costs because experts are missing, beside reading and computing them."""
     short, precision = _short(graph, _LAYERS, 512), _smallest(graph)
     if not short.layers:
@@ -444,7 +444,6 @@ def _pack_random(
     codes = rng.integers(1, 255, size=int(rows * columns * _WEIGHT_BYTES[precision]), dtype=np.uint8)
     groups = columns // 32 if precision is Precision.INT4_GROUP32 else 1
     scales = np.full(rows * groups, 1e-3, np.float32)
-    if precision is Precision.INT4_GROUP32:
-        pack(precision, rows, columns, codes.data, (scales.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8), out)
-    else:
-        pack(precision, rows, columns, codes.data, scales.view(np.uint8).data, out.data)
+    # bfloat16 is the upper half of a float
+    stored = (scales.view(np.uint32) >> 16).astype(np.uint16) if precision is Precision.INT4_GROUP32 else scales
+    pack(precision, rows, columns, codes.data, stored.view(np.uint8).data, out.data)

@@ -16,18 +16,16 @@ from edgeflex.bundle import open_bundle
 from edgeflex.errors import BundleError, CheckFailedError, InfeasibleError, InputError
 from edgeflex.flow.decide import _with_safety
 from edgeflex.plans import check_plan, choose
-from edgeflex.profiles.machine import machine
 from edgeflex.schema import (
     BenchResult,
     Budget,
-    DeviceProfile,
-    Figure,
     LatencyLimit,
     Plan,
     Precision,
     Tier,
     VerifyResult,
 )
+from tests.toy_bundle import this_machine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,19 +62,6 @@ class Corridor:
     @property
     def bundle(self) -> Path:
         return self.folder / "bundle"
-
-
-def this_machine() -> DeviceProfile:
-    """Return a profile of this machine that knows no kernel yet; calibration measures those of the model."""
-    facts = machine()
-    return DeviceProfile(
-        name="here",
-        title="This machine",
-        origin="measured",
-        cpu_model=facts.cpu_model,
-        isa=facts.isa,
-        call_s=Figure(value=5e-6, origin="measured", source="a test"),
-    )
 
 
 def wish(calibration: Path, share: float = 0.8) -> Budget:

@@ -16,10 +16,8 @@ from edgeflex.cli import app
 from edgeflex.errors import InputError
 from edgeflex.flow import conversation
 from edgeflex.models.tiny_decoder import library_text, write_tiny_decoder
-from edgeflex.profiles.machine import machine
 from edgeflex.reports import decoder_charts
-from edgeflex.schema import DeviceProfile, Figure
-from tests.toy_bundle import CLASSES, write_images
+from tests.toy_bundle import CLASSES, this_machine, write_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,16 +60,7 @@ def write_inputs(folder: Path) -> None:
     exec(NETWORK, names)
     torch.manual_seed(0)
     (folder / "weights.safetensors").write_bytes(save(names["build"]().state_dict()))
-    facts = machine()
-    here = DeviceProfile(
-        name="here",
-        title="This machine",
-        origin="measured",
-        cpu_model=facts.cpu_model,
-        isa=facts.isa,
-        call_s=Figure(value=5e-6, origin="measured", source="a test"),
-    )
-    (folder / "device.json").write_text(here.canonical_json())
+    (folder / "device.json").write_text(this_machine().canonical_json())
     write_tiny_decoder(folder / "olmoe")
     texts = library_text("heldout")
     (folder / "text.txt").write_text("\n\n".join(texts[: len(texts) // 2]))
