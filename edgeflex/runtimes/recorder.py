@@ -7,6 +7,7 @@ bytes stand in.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import time
@@ -96,7 +97,11 @@ def memory_now() -> MemoryReading:
 
 
 def reset_peak() -> bool:
-    """Start ``peak_resident_bytes`` anew; return whether the system allows it (proc(5), clear_refs)."""
+    """Start ``peak_resident_bytes`` anew; return whether the system allows it (proc(5), clear_refs).
+
+    Freed pages are given back first: what was freed before is no part of the peak that starts here.
+    """
+    _give_freed_pages_back()
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:
@@ -104,10 +109,15 @@ def reset_peak() -> bool:
     return True
 
 
+def _give_freed_pages_back() -> None:
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _allocated_bytes() -> int | None:
+    _give_freed_pages_back()
     try:
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
         libc.mallinfo2.restype = _Mallinfo2
         books = libc.mallinfo2()
     except (AttributeError, OSError):

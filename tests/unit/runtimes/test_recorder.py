@@ -91,8 +91,9 @@ def test_anonymous_bytes_stand_in_where_the_c_library_keeps_no_books() -> None:
 
 
 def test_the_peak_can_be_started_anew() -> None:
-    block = np.ones(32 * MIB, dtype=np.uint8)
-    del block
+    # Small blocks, so that the C library keeps what is freed instead of giving it back at once.
+    blocks = [np.ones(64 * 1024, dtype=np.uint8) for _ in range(1024)]
+    del blocks
     if not reset_peak():
         pytest.skip("this system does not let a process reset its peak")
     reading = memory_now()
