@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 
 PROMPT = list(range(5, 37))
 

@@ -27,7 +27,8 @@ import numpy as np
 from edgeflex import flow
 from edgeflex.errors import InfeasibleError
 from edgeflex.files import write_atomic
-from edgeflex.flow.decoders import PLANNED, Replays, open_decoder_calibration, packed_bytes
+from edgeflex.flow.decoders import PLANNED, open_decoder_calibration
+from edgeflex.flow.traces import Replays, packed_bytes
 from edgeflex.models.decoders import open_decoder
 from edgeflex.plans.decoder_audit import Ground, recount
 from edgeflex.runtimes.decoder_rates import measure_rates

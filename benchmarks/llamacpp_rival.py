@@ -181,7 +181,8 @@ def edgeflex_result(options: argparse.Namespace, threads: int, cores: list[int],
 
 def child(options: argparse.Namespace) -> None:
     """Generate with edgeflex and print rates, misses and memory as one line of JSON."""
-    from edgeflex.runtimes.decoder import DecoderSession, Settings
+    from edgeflex.runtimes.decoder import DecoderSession
+    from edgeflex.runtimes.decoder_settings import Settings
 
     limited = options.cache_bytes is not None
     context = options.prompt + options.decode + 8

@@ -136,7 +136,9 @@ def _note_threads(threads: int | None) -> None:
     """Say that more threads than processors take turns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and threads > cores:
-        told = terminal.counted(cores, "processor core")
+        from edgeflex.units import format_count
+
+        told = format_count(cores, "processor core")
         terminal.tell(f"edgeflex: note: {threads} threads on {told} take turns, and are slower than {cores}")
 
 
@@ -1103,6 +1105,7 @@ def trace_record(
     """Answer a prompt and write which experts every token used."""
     from edgeflex import flow
     from edgeflex.bundle_moe import open_decoder_bundle
+    from edgeflex.units import format_count
 
     tokens = flow.record_trace(
         bundle, prompt_file, output, max_tokens=max_tokens, temperature=temperature, seed=seed,
@@ -1113,7 +1116,7 @@ def trace_record(
         return
     cache_bytes = open_decoder_bundle(bundle).manifest.plan.cache_bytes
     following = f"edgeflex trace simulate {output} --cache {max(cache_bytes // 1024, 1)}KiB"
-    _say(f"{terminal.counted(tokens, 'answered token')}\n\nWrote {output}. Next, with the plan's cache: {following}")
+    _say(f"{format_count(tokens, 'answered token')}\n\nWrote {output}. Next, with the plan's cache: {following}")
 
 
 @trace_app.command("simulate", short_help="Replay a trace through the cache")

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edgeflex.units import format_bytes, format_fine_time, format_share, format_time
+from edgeflex.units import format_bytes, format_count, format_fine_time, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -236,18 +236,13 @@ def doctor_text(found: Doctor) -> str:
     return "\n".join(lines)
 
 
-def counted(number: int, one: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{number:,} {one}{'' if number == 1 else 's'}"
-
-
 def graph_text(graph: ModelGraph, found: Sequence[Any]) -> str:
     """Return a model's size and its layers, or the stages where it can be cut if there are any."""
     weights_bytes = 4 * sum(layer.shape.weight_count for layer in graph.layers)
     macs = sum(layer.shape.macs for layer in graph.layers)
     head = (
-        f"{graph.name}: {counted(len(graph.layers), 'layer')}, {counted(graph.segment_count, 'segment')}, "
-        f"{counted(len(graph.exits), 'exit')}, "
+        f"{graph.name}: {format_count(len(graph.layers), 'layer')}, {format_count(graph.segment_count, 'segment')}, "
+        f"{format_count(len(graph.exits), 'exit')}, "
         f"{format_bytes(weights_bytes)} of fp32 weights, {macs / 1e6:.1f} M multiply-accumulates"
     )
     if found:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS
-from edgeflex.terminal import ABSENT, counted, prose, table_text
-from edgeflex.units import format_bytes, format_fine_time, format_share, format_time
+from edgeflex.terminal import ABSENT, prose, table_text
+from edgeflex.units import format_bytes, format_count, format_fine_time, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -204,7 +204,7 @@ def _is_expert(unit: str) -> bool:
 
 def _least_seen(losses: Iterable[UnitLoss]) -> str:
     seen = [one.tokens for one in losses if _is_expert(one.unit)]
-    return prose(f"Every expert was judged by at least {counted(min(seen), 'token')}.") if seen else ""
+    return prose(f"Every expert was judged by at least {format_count(min(seen), 'token')}.") if seen else ""
 
 
 # --- plan --------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
     yield "cache", f"{format_bytes(plan.cache_bytes)}{cycles}"
     yield "T, the experts of one token", format_bytes(plan.cycle_bytes)
     yield "policy", plan.policy
-    yield "prefetch", counted(plan.prefetch_depth, "layer") + " ahead" if plan.prefetch_depth else "off"
+    yield "prefetch", format_count(plan.prefetch_depth, "layer") + " ahead" if plan.prefetch_depth else "off"
     yield "hit rate", format_share(said.hit_rate, 1)
     yield "best possible (Belady)", ABSENT if said.belady_hit_rate is None else format_share(said.belady_hit_rate, 1)
     yield "read per token", format_bytes(said.bytes_per_token)
@@ -278,8 +278,8 @@ def _expert_rows(plan: DecoderPlan) -> Iterator[tuple[str, str]]:
         reached = f" ({format_share(said.bound_token_s / said.token_s.value, 0)} reached)" if said.token_s.value else ""
         yield "bound without prefetch", f"{format_time(said.bound_token_s)}{reached}"
     yield "threads", str(plan.threads)
-    yield "context", counted(plan.context_tokens, "token")
-    yield "prompt read in chunks of", counted(plan.prefill_chunk_tokens, "token")
+    yield "context", format_count(plan.context_tokens, "token")
+    yield "prompt read in chunks of", format_count(plan.prefill_chunk_tokens, "token")
 
 
 def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
@@ -343,8 +343,8 @@ def _placement_rows(plan: DecoderPlan, gpu: GpuPlacement) -> Iterator[tuple[str,
     if gpu.crossing is not None:
         yield "a fixed list is as quick from", f"{format_share(gpu.crossing, 0)} of the experts on the GPU"
     yield "threads", str(plan.threads)
-    yield "context", counted(plan.context_tokens, "token")
-    yield "prompt read in chunks of", counted(plan.prefill_chunk_tokens, "token")
+    yield "context", format_count(plan.context_tokens, "token")
+    yield "prompt read in chunks of", format_count(plan.prefill_chunk_tokens, "token")
 
 
 def _precision_table(plan: DecoderPlan) -> str:
@@ -434,7 +434,7 @@ def generation_text(stats: DecoderRunStats, plan: DecoderPlan | None = None) -> 
     mean_s = total_s / len(stats.times) if stats.times else 0.0
     held = stats.peak_memory_bytes + stats.runtime_memory_bytes
     rows = [
-        ("answer", counted(len(stats.tokens), "token"), ""),
+        ("answer", format_count(len(stats.tokens), "token"), ""),
         ("ended by", stats.stopped_by, ""),
         ("decoding", _rate(mean_s), "" if said is None else _rate(said.token_s.value)),
         (
@@ -445,8 +445,8 @@ def generation_text(stats: DecoderRunStats, plan: DecoderPlan | None = None) -> 
         *_split_rows(stats, total_s),
         (
             "prompt",
-            counted(stats.prompt_tokens, "token"),
-            "" if plan is None else counted(plan.budget.prompt_tokens, "token"),
+            format_count(stats.prompt_tokens, "token"),
+            "" if plan is None else format_count(plan.budget.prompt_tokens, "token"),
         ),
         (
             "first token",

@@ -185,6 +185,15 @@ def format_share(share: float, digits: int = 2, *, up: bool = False) -> str:
     return f"{_digits(share * 100, digits, up=up)} %"
 
 
+def format_count(number: int, one: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> format_count(1, "thread"), format_count(1200, "token")
+    ('1 thread', '1,200 tokens')
+    """
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
 def format_growth(old: float, new: float) -> str:
     """Return how much more ``new`` is than ``old``, above zero.
 

@@ -29,7 +29,8 @@ from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_streams import HostStreams
 from edgeflex.runtimes.cuda_weights import open_experts
 from edgeflex.runtimes.curves import Curve, Curves
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.engines import open_engine
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.tensorrt_build import build

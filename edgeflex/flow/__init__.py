@@ -1,7 +1,8 @@
 """The corridor: every stage in order, each a function from files to a file. No arithmetic lives here.
 
 ``measure`` is what touches hardware, ``decide`` what does not, ``ship`` what a bundle goes through; ``decoders``,
-``device_plans`` and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``conversation`` their answers.
+``device_plans`` and ``decoder_bundles`` are all of it for mixture-of-experts decoders, ``traces`` which experts they
+use, ``conversation`` their answers.
 """
 
 from edgeflex.flow.decide import open_calibration, plan, solve_table, sweep
@@ -23,12 +24,11 @@ from edgeflex.flow.decoders import (
     is_decoder_calibration,
     is_decoder_document,
     plan_decoder,
-    simulate_device,
-    simulate_trace,
 )
 from edgeflex.flow.device_plans import plan_decoder_on_gpu
 from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
 from edgeflex.flow.ship import bench, build, export, report, run, verify
+from edgeflex.flow.traces import simulate_device, simulate_trace
 
 __all__ = [
     "BACKEND",

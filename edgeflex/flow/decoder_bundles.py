@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
 from edgeflex.files import StrPath, path_of, place_of, read_bytes, read_text
-from edgeflex.flow.decoders import CHECK_TEXT, Replays, packed_bytes, read_array
+from edgeflex.flow.decoders import CHECK_TEXT, read_array
 from edgeflex.flow.device_plans import plan_again
+from edgeflex.flow.traces import Replays, packed_bytes
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DecoderBench, DecoderPlan, DecoderRunStats, DecoderVerify, Expected
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from edgeflex.models.decoders import DecoderSource
     from edgeflex.progress import Progress
     from edgeflex.reports.decoder import DecoderReportDocument
-    from edgeflex.runtimes.decoder import Settings
+    from edgeflex.runtimes.decoder_settings import Settings
     from edgeflex.schema_moe import DecoderGraph, DecoderManifest, MissPoint
 
     Ints = NDArray[np.int64]
@@ -317,7 +318,7 @@ def settings_at(place: Place, **more: Any) -> Settings:
     Raises:
         InputError: A number of bytes is none.
     """
-    from edgeflex.runtimes.decoder import Settings
+    from edgeflex.runtimes.decoder_settings import Settings
     from edgeflex.units import option_value, parse_size_bytes
 
     return Settings(
@@ -376,7 +377,8 @@ def record_trace(
         InputError: The prompt is empty, too long or no text.
         BundleError: The bundle is damaged.
     """
-    from edgeflex.runtimes.decoder import DecoderSession, Settings
+    from edgeflex.runtimes.decoder import DecoderSession
+    from edgeflex.runtimes.decoder_settings import Settings
     from edgeflex.runtimes.sampling import Sampler
     from edgeflex.runtimes.trace import write_trace
 

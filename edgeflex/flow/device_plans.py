@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InputError
 from edgeflex.files import StrPath, path_of
-from edgeflex.flow.decoders import PLANNED, Replays, open_decoder_calibration, packed_bytes, plan_decoder
+from edgeflex.flow.decoders import PLANNED, open_decoder_calibration, plan_decoder
 from edgeflex.flow.simulated_device import SimulatedDevice, is_upward, of_calibrated_computer
+from edgeflex.flow.traces import Replays, packed_bytes
 from edgeflex.schema import DeviceProfile, Figure, Link, StorageRead, Tier, TierSpec
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from edgeflex.errors import InputError
 from edgeflex.flow.decoders import PLANNED
 from edgeflex.schema import Interval, Link, Tier
-from edgeflex.units import format_bytes
+from edgeflex.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeflex.flow.decoders import Replays
+    from edgeflex.flow.traces import Replays
     from edgeflex.plans.decoder_costs import Times
     from edgeflex.plans.decoder_device import DeviceBound, DevicePoint, Division, Serving
     from edgeflex.plans.decoder_gpu import Machine as Planned
@@ -426,8 +426,7 @@ class SimulatedDevice:
             if given is not None:
                 yield f"{name}: {format_bytes(given)} per second, as given"
         if of_calibrated_computer(self.profile, self.rates):
-            count = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-            took = f"what {self.rates.device} took when it calibrated with {count}"
+            took = f"what {self.rates.device} took when it calibrated with {format_count(self.threads, 'thread')}"
             yield f"the processor's experts take {took}, and 15 µs until the GPU has their rows"
         else:
             yield "the processor's experts take what its memory's rate allows; no kernel was timed there"

@@ -18,6 +18,7 @@ from edgeflex import files
 from edgeflex.profiles.samples import summarise
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import Kernel, LayerKind, LayerShape, Precision
+from edgeflex.units import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ def measure_kernels(
         for job in jobs:
             kernel = done.get(_key(job))
             if kernel is None:
-                source = f"one-layer program, {job.threads} threads, median over repeated calls"
+                source = f"one-layer program, {format_count(job.threads, 'thread')}, median over repeated calls"
                 kernel = _to_kernel(job, run(job), source)
                 if journal is not None:
                     _append(journal, kernel, context)

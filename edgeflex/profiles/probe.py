@@ -21,6 +21,7 @@ from edgeflex.profiles.samples import summarise
 from edgeflex.profiles.storage import storage
 from edgeflex.progress import Progress, Silent
 from edgeflex.schema import Conditions, DeviceProfile, Figure, Tier, TierSpec
+from edgeflex.units import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,8 @@ def memory_read(
             elapsed = clock() - start
             if repeat > 0:  # the first pass starts the threads
                 rates.append(buffer.nbytes / elapsed)
-    source = f"maximum over {buffer.nbytes >> 20} MiB of int32, {threads} threads, median of {passes} passes"
+    by = format_count(threads, "thread")
+    source = f"maximum over {buffer.nbytes >> 20} MiB of int32, {by}, median of {passes} passes"
     return summarise(rates, source)
 
 

@@ -12,6 +12,7 @@ from edgeflex.reports.charts import Axis, Line, Mark, Rule, both_widths
 from edgeflex.reports.decoder_charts import Level, MapRow, Series
 from edgeflex.reports.summary import format_seconds, format_value
 from edgeflex.schema import Precision
+from edgeflex.units import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -393,7 +394,7 @@ def _stay_words(plan: DecoderPlan, runs: Sequence[DecoderRunStats], events: int,
     """Say what an event is, and what the map does not show."""
     words = (
         f"An event is one layer of one decoded token, or a part of it that the cache holds at once: {events:,} in "
-        f"{len(runs)} run{'' if len(runs) == 1 else 's'}, prompts not counted. An expert counts where it was in the "
+        f"{format_count(len(runs), 'run')}, prompts not counted. An expert counts where it was in the "
         "cache when the event was over."
     )
     if on_device:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from edgeflex.bundle_moe import TOKENIZER, open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.files import sha256_file
 from edgeflex.progress import Silent
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.engines import DeviceRequest, open_device, open_engine, require_engine
 from edgeflex.runtimes.expert_cache import ExpertCache
 from edgeflex.runtimes.generation import Run, alone, counted_since
@@ -31,10 +31,9 @@ from edgeflex.runtimes.residency import Pass, Residency, cache_limit, trace_of
 from edgeflex.runtimes.sampling import Sampler, TextStream, load_tokenizer
 from edgeflex.schema import Conditions
 from edgeflex.schema_moe import DecoderRunStats
-from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Self
@@ -51,50 +50,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DRAIN_PASSES = 32  # the engine's log of events is emptied at least so often
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run may choose beside its bundle; None takes the plan's.
-
-    Args:
-        cache_bytes: Limit on the bytes of experts in memory.
-        policy: Of the expert cache; on a device also ``reuse``, which is then used unless another is named.
-        threads: Of the kernels.
-        prefetch_depth: Layers ahead whose experts are guessed and read early; 0 reads nothing early.
-        prefetch_by: How they are guessed: from ``statistics`` of what layers used together, or by the ``router`` of
-            those layers, run early.
-        context_tokens: Tokens of prompt and answer together.
-        chunk_tokens: Tokens of a prompt that are read in one pass.
-        seed: Of the policy ``random``.
-        static: For the policy ``static``: (layer, expert) pairs, the most valuable first.
-        prefetch_worth: Share of the early read bytes that must get used; below it reading early stops.
-        record: Keep every event, for a trace.
-        device: Where the decoder runs: None is the processor, ``cuda`` a GPU through PyTorch, ``cpu-torch`` the
-            processor in a GPU's place. On a device ``cache_bytes`` is what the processor's memory holds of experts.
-        vram_bytes: Limit on all that is taken of the device's memory; None takes most of what is free.
-        device_rule: What becomes of experts that the device lacks: the quickest mix (``auto``), all copied
-            (``upload``), all computed by the processor (``cpu``), or a fixed placement (``static``).
-        device_precision: Of the device's products, ``fp32`` or ``bf16``.
-        device_parts: What ``runtimes.cuda_session.open_device`` takes beside; for tests of faults.
-    """
-
-    cache_bytes: int | None = None
-    policy: str | None = None
-    threads: int | None = None
-    prefetch_depth: int | None = None
-    context_tokens: int | None = None
-    chunk_tokens: int | None = None
-    seed: int = 0
-    static: Iterable[tuple[int, int]] | None = None
-    prefetch_worth: float = 0.5
-    prefetch_by: Literal["statistics", "router"] = "statistics"
-    record: bool = False
-    device: str | None = None
-    vram_bytes: int | None = None
-    device_rule: str = "auto"
-    device_precision: str | None = None
-    device_parts: Mapping[str, object] | None = None
 
 
 class DecoderSession:
@@ -132,16 +87,12 @@ class DecoderSession:
         self.control = threading.RLock()
         self.folder = folder
         self.manifest = manifest
-        self.policy = chosen.policy or plan.policy
-        self.threads = plan.threads if chosen.threads is None else chosen.threads
-        self.prefetch_depth = plan.prefetch_depth if chosen.prefetch_depth is None else chosen.prefetch_depth
-        self.context_tokens = plan.context_tokens if chosen.context_tokens is None else chosen.context_tokens
-        chunk_tokens = plan.prefill_chunk_tokens if chosen.chunk_tokens is None else chosen.chunk_tokens
-        self.chunk_tokens = min(chunk_tokens, self.context_tokens)
-        planned = plan.alone_cache_bytes if chosen.device is None else plan.cache_bytes
-        self.cache_bytes = planned if chosen.cache_bytes is None else chosen.cache_bytes
+        settled = chosen.settled(plan)
+        self.policy, self.cache_bytes = settled.policy, settled.cache_bytes
+        self.threads, self.prefetch_depth = settled.threads, settled.prefetch_depth
+        self.context_tokens, self.chunk_tokens = settled.context_tokens, settled.chunk_tokens
+        require_engine(folder, manifest)
         self._settings = chosen
-        self._check()
         self._progress = progress or Silent()
         self._make_mover = mover
         self._clock = clock
@@ -436,29 +387,6 @@ class DecoderSession:
         return self._device_stats()
 
     # --- inside ---------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        faults = [
-            f"{value} {what}: at least {least} is needed"
-            for value, what, least in (
-                (self.threads, "threads", 1),
-                (self.prefetch_depth, "layers of prefetch", 0),
-                (self.context_tokens, "tokens of context", 2),
-                (self.chunk_tokens, "tokens of a prompt's chunk", 1),
-            )
-            if value < least
-        ]
-        if self._settings.device is not None and self._settings.prefetch_depth is not None:
-            faults.append(
-                "reading experts early is for the processor, and a device was named: it copies ahead by itself; leave "
-                "--prefetch out"
-            )
-        if self._settings.device is None and self._settings.vram_bytes is not None:
-            size = format_bytes(self._settings.vram_bytes)
-            faults.append(f"--vram {size} is of a GPU's memory. Name it with --device cuda, or leave it out")
-        if faults:
-            raise InputError.collect("the run's settings", faults)
-        require_engine(self.folder, self.manifest)
 
     def _check_prompt(self, prompt: Sequence[int], end: int, max_tokens: int) -> None:
         vocabulary = self.manifest.graph.vocabulary

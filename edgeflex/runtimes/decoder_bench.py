@@ -15,12 +15,13 @@ from edgeflex.bundle_moe import open_decoder_bundle
 from edgeflex.errors import BundleError, DeviceError, InputError
 from edgeflex.progress import Silent
 from edgeflex.runtimes.cuda_driver import driver_problem
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_measure import Reply, Task, answer
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.device_record import merged
 from edgeflex.schema import Check, Conditions
 from edgeflex.schema_moe import DecoderBench
-from edgeflex.units import format_bytes, format_share, format_time
+from edgeflex.units import format_bytes, format_count, format_share, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ def _token_checks(manifest: DecoderManifest, measured: _Measured) -> list[Check]
     times = [[time.total_s for run in reply.runs[first:] for time in run.times] for reply in measured.replies]
     means = [math.fsum(one) / len(one) for one in times if one]
     measured_s = statistics.median(means) if means else None
-    note = f"{sum(map(len, times)):,} tokens in {_count(len(means), 'repeat')}"
+    note = f"{sum(map(len, times)):,} tokens in {format_count(len(means), 'repeat')}"
     if len(means) > 1:
         note += f", means {format_time(min(means))} to {format_time(max(means))}"
     if reading:
@@ -229,7 +230,7 @@ def _first_token_checks(manifest: DecoderManifest, measured: _Measured) -> list[
     planned = plan.budget.prompt_tokens
     near = abs(runs[0].prompt_tokens - planned) <= _PROMPT_TOLERANCE * planned
     read = statistics.median([run.first_token_s for run in runs])
-    note = f"{_count(len(runs), 'cold start')}, {runs[0].prompt_tokens} prompt tokens"
+    note = f"{format_count(len(runs), 'cold start')}, {runs[0].prompt_tokens} prompt tokens"
     far = f"not measured: the promise is for {planned} prompt tokens, the first prompt has {runs[0].prompt_tokens}"
     return _time_checks(
         "time to first token",
@@ -386,10 +387,6 @@ def _check(
     )
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
 # --- verify ------------------------------------------------------------------------------------------
 
 
@@ -501,8 +498,8 @@ def _agreement_check(manifest: DecoderManifest, reply: Reply) -> Check:
     equal = sum(a == b for tokens, found in pairs for a, b in zip(tokens, found, strict=False))
     before = sum(_equal_before(tokens, found) for tokens, found in pairs)
     note = (
-        f"{total:,} tokens of {_count(len(pairs), 'answer')}; {format_share(before / total, 1)} of them stand before "
-        "their answer's first difference"
+        f"{total:,} tokens of {format_count(len(pairs), 'answer')}; {format_share(before / total, 1)} of them stand "
+        "before their answer's first difference"
     )
     share = equal / total
     return _check("greedy agreement", "share", 1.0, share, ok=share >= AGREEMENT, low=AGREEMENT, note=note)

@@ -25,7 +25,8 @@ from edgeflex.errors import (
     UnsupportedError,
 )
 from edgeflex.runtimes import fresh
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.device_record import record_of
 from edgeflex.runtimes.recorder import memory_now, reset_peak
 from edgeflex.schema import Noun

@@ -37,9 +37,9 @@ from edgeflex.runtimes.ranked_policies import (
 from edgeflex.runtimes.replacement import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "NextUsePolicy", "Policy", "make_policy"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "NextUsePolicy", "Policy", "make_policy", "unknown_policies"]
 
 _PLAIN: dict[str, type[Policy]] = {
     policy.name: policy
@@ -58,6 +58,11 @@ _PLAIN: dict[str, type[Policy]] = {
 }
 DEFAULT_POLICY = EnuPolicy.name
 POLICIES: tuple[str, ...] = (DEFAULT_POLICY, *_PLAIN, StaticPolicy.name, RandomPolicy.name)
+
+
+def unknown_policies(names: Iterable[str], known: Sequence[str] = POLICIES) -> list[str]:
+    """Return a fault for every name that is not known."""
+    return [f"policy {name!r} is unknown. Name one of: {', '.join(known)}." for name in names if name not in known]
 
 
 def make_policy(
@@ -93,5 +98,5 @@ def make_policy(
             )
         return StaticPolicy(layers, experts, static)
     if name not in _PLAIN:
-        raise InputError(f"policy {name!r} is unknown. Name one of: {', '.join(POLICIES)}.")
+        raise InputError(unknown_policies([name])[0])
     return _PLAIN[name](layers, experts)

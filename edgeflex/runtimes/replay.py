@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeflex.errors import InputError
 from edgeflex.runtimes.expert_cache import ExpertCache, split_event
-from edgeflex.runtimes.policies import DEFAULT_POLICY, NextUsePolicy, Policy, make_policy
+from edgeflex.runtimes.policies import DEFAULT_POLICY, POLICIES, NextUsePolicy, Policy, make_policy
 from edgeflex.runtimes.stays import Occupancy
 from edgeflex.schema_moe import MissPoint
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BELADY = "belady"
 BELADY_BYPASS = "belady-bypass"
+REPLAYED = (*POLICIES, BELADY, BELADY_BYPASS)
 _NEVER_USED = 2.0**60  # finite, since the ranks of absent experts are minus infinity
 
 

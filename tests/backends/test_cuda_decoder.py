@@ -27,8 +27,9 @@ from edgeflex.runtimes.cuda_experts import LANDING_EXPERTS, RULES
 from edgeflex.runtimes.cuda_host import NativeExperts, TorchExperts, open_host
 from edgeflex.runtimes.cuda_streams import HostMemory, HostStreams
 from edgeflex.runtimes.cuda_weights import Shape, feed_forward, open_experts, restored, run_expert
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_bench import verify_decoder
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.movers import Mover
 from edgeflex.runtimes.native import RawExperts, RawMatrix
 from edgeflex.runtimes.tiers import tier_replay

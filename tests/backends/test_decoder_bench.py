@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from edgeflex.errors import BundleError, InputError
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_bench import bench_decoder, verify_decoder
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.replay import replay
 from edgeflex.schema import Conditions, Interval
 from edgeflex.schema_moe import DecoderBudget, DecoderManifest, Expected

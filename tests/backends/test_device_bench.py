@@ -17,8 +17,9 @@ from edgeflex.reports.decoder import build_decoder_report, outcome, to_decoder_h
 from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_streams import HostStreams
 from edgeflex.runtimes.cuda_weights import open_experts
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_bench import bench_decoder, verify_decoder
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.device_record import record_of
 from edgeflex.schema_moe import DecoderBench, DecoderBudget, Expected
 from edgeflex.terminal_moe import device_record_text

@@ -31,7 +31,8 @@ from edgeflex.runtimes.cuda_slices import arrange, first_slices, rest_of, sliced
 from edgeflex.runtimes.cuda_streams import HostStreams
 from edgeflex.runtimes.cuda_weights import Kind, Shape, open_experts, restored, run_expert
 from edgeflex.runtimes.curves import Curve, Curves
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.division import Divider, copied_share, slices_of
 from edgeflex.runtimes.schedule import Active, Scheduler
 from edgeflex.runtimes.timeline import cost_of

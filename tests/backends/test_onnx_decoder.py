@@ -104,7 +104,8 @@ def test_running_it_loads_neither_torch_nor_executorch_nor_onnx(bundle, expected
     code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 with DecoderSession.from_bundle(sys.argv[1], Settings(cache_bytes=48 << 10)) as session:
     print(list(session.generate([int(one) for one in sys.argv[2].split(",")], int(sys.argv[3]))))
     session.stats()

@@ -14,7 +14,8 @@ from edgeflex.plans.decoder_gpu_memory import Holdings, device_space, slot_bytes
 from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_weights import open_experts
 from edgeflex.runtimes.curves import Curve, Curves
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.schema import DeviceProfile
 from edgeflex.schema_gpu import GpuMemory, GpuPlacement
 from edgeflex.schema_moe import DecoderCalibration, DecoderRates, MatrixRate, UnitLoss

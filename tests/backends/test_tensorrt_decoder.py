@@ -26,11 +26,12 @@ from edgeflex.cli import main
 from edgeflex.errors import BundleError, DeviceError, EdgeflexError, InputError, MissingDependencyError
 from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 from edgeflex.runtimes import cuda_driver
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_bench import bench_decoder, verify_decoder
 from edgeflex.runtimes.decoder_measure import Task
 from edgeflex.runtimes.decoder_measure import _do as measure
 from edgeflex.runtimes.decoder_process import _ready as idle_bytes
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.schema_moe import Expected
 from tests.engine_samples import DESKTOP, JETSON, NEW, PROMPT, Lab, forced_logits, give_board
 from tests.fake_cuda import Device

@@ -13,7 +13,8 @@ import pytest
 
 from edgeflex.bundle_moe import open_decoder_bundle
 from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from tests.engine_samples import PROMPT, give_board
 from tests.random_decoder import RandomSource, mixed_plan
 from tests.tiny_decoder import CONTEXT, LAYERS, TOP_K, tiny_graph

@@ -18,8 +18,9 @@ from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 from edgeflex.exporters.tensorrt_decoder_refit import check_refit
 from edgeflex.models.decoder_reference import Reference
 from edgeflex.runtimes import cuda_driver
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
 from edgeflex.runtimes.decoder_bench import _way_checks as way_checks
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.tensorrt_build import build
 from edgeflex.runtimes.tensorrt_ways import measured_ways, measuring
 from edgeflex.schema_trt import INDEX_FILE, BuildRecipe, EngineIndex

@@ -572,8 +572,8 @@ BAD_LINES: list[tuple[str, tuple[object, ...], tuple[str, ...]]] = [
     ("tiny cache for a trace", ("trace", "simulate", "in/calibration/trace.csv", "--cache", 9), ("8.00 KiB",)),
     (
         "unknown policy for a trace",
-        ("trace", "simulate", "in/calibration/trace.csv", "--cache", "1MiB", "--policy", "fifo"),
-        ("'fifo'", "enu, lru"),
+        ("trace", "simulate", "in/calibration/trace.csv", "--cache", "1MiB", "--policy", "fifo,lru,best"),
+        ("'fifo'", "'best'", "enu, lru", "belady"),
     ),
 ]
 

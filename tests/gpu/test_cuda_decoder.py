@@ -13,7 +13,8 @@ from edgeflex.errors import DeviceError
 from edgeflex.runtimes.cuda_memory import device_bytes
 from edgeflex.runtimes.cuda_streams import CUDA_LIBRARY_BYTES, CudaStreams
 from edgeflex.runtimes.cuda_weights import open_experts
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.device_record import record_of
 from tests.tiny_decoder import write_tiny_bundle
 

@@ -14,7 +14,8 @@ from edgeflex.exporters.decoder_files import BundleWeights
 from edgeflex.exporters.tensorrt_decoder import export_tensorrt_decoder
 from edgeflex.models.decoder_reference import Reference
 from edgeflex.runtimes.cuda_driver import CudaContext
-from edgeflex.runtimes.decoder import DecoderSession, Settings
+from edgeflex.runtimes.decoder import DecoderSession
+from edgeflex.runtimes.decoder_settings import Settings
 from edgeflex.runtimes.tensorrt_build import build, load_tensorrt
 from edgeflex.runtimes.tensorrt_ways import measuring
 from edgeflex.schema_trt import INDEX_FILE

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edgeflex.errors import InputError
-from edgeflex.flow.decoders import Replays
 from edgeflex.flow.device_plans import completed, this_gpu
 from edgeflex.flow.simulated_device import SimulatedDevice, of_calibrated_computer, trimmed
+from edgeflex.flow.traces import Replays
 from edgeflex.plans.decoder_device import Division, Serving
 from edgeflex.plans.decoder_gpu import origin_of, plan_on_gpu
 from edgeflex.plans.decoder_gpu_memory import slot_bytes
