@@ -6,11 +6,12 @@ They are taken in batches such as events miss them, with a decoder's computing b
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 256 << 20  # larger than what a disk's own cache gives back at once
 _BATCHES = (1, 2, 4)  # experts that one event of a layer misses
+_CHECKED_BATCHES = (2, 8)  # and that one of a prompt does, at their first use
 _LEAST_TURNS, _MOST_TURNS = 3, 240
 _LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less is the rounding of sums
 _PAUSE_S = 2e-4  # about what a layer computes between two reads
@@ -60,7 +62,8 @@ class ReadTimes:
             self._path = kept.enter_context(_written(folder, count, record_bytes))
             order = np.random.default_rng(1).permutation(count)
             self._places, self._checked = cycle(order[: count // 2].tolist()), order[count // 2 :]
-            memory = private_pages(4 * record_bytes)
+            most = max(*_BATCHES, min(max(_CHECKED_BATCHES), len(self._checked)))
+            memory = private_pages(most * record_bytes)
             self._mover = kept.enter_context(Mover(memory, direct=takes_direct(self._path)))
             self._kept = kept.pop_all()
 
@@ -84,12 +87,26 @@ class ReadTimes:
         return read_line(medians, self._record_bytes)
 
     def checked_rate(self) -> float:
-        """Return bytes per second of records that were not read before and are checked as they come."""
+        """Return bytes per second of records that were not read before and are checked as they come.
+
+        Latency is not in it: records are taken in smaller and larger batches, and the rate is of what these read more.
+        """
         digests = _digests(self._path, self._checked, self._record_bytes)
         with self._path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         records = [_record(self._path, place, self._record_bytes, digest) for place, digest in digests.items()]
-        return _rate(self._mover, records, self._clock)
+        seconds: dict[int, list[float]] = {}
+        first = 0
+        for count in cycle(_CHECKED_BATCHES):
+            batch = records[first : first + count]
+            first += count
+            if not batch:
+                break
+            seconds.setdefault(len(batch), []).append(_read_s(self._mover, batch, self._clock))
+        medians = {count: float(np.median(seconds[count])) for count in _CHECKED_BATCHES if count in seconds}
+        if len(medians) < len(_CHECKED_BATCHES):  # few and large records: latency is nothing beside them
+            return sum(one.size_bytes for one in records) / math.fsum(chain.from_iterable(seconds.values()))
+        return read_line(medians, self._record_bytes)[1]
 
 
 @contextmanager
@@ -135,12 +152,6 @@ def read_line(seconds: Mapping[int, float], record_bytes: int) -> tuple[float, f
     if latency_s < 0.0 or slope < _LEAST_SLOPE * took.max() / counts.max():
         return 0.0, record_bytes * float(counts @ counts) / float(counts @ took)
     return float(latency_s), record_bytes / float(slope)
-
-
-def _rate(mover: Mover, records: Sequence[Record], clock: Clock) -> float:
-    """Read records in batches of up to four, one behind the other as a prompt's are, and return the median rate."""
-    batches = [records[first : first + 4] for first in range(0, len(records), 4)]
-    return float(np.median([sum(one.size_bytes for one in batch) / _read_s(mover, batch, clock) for batch in batches]))
 
 
 def _read_s(mover: Mover, batch: Sequence[Record], clock: Clock) -> float:

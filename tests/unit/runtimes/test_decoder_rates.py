@@ -1,5 +1,6 @@
 """What the disk gives a decoder: the line through reads, and how much is walked to time a matrix."""
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,29 @@ def test_reads_are_measured_with_what_the_clock_says_and_leave_no_file(tmp_path:
         latency_s, rate = reads.line()
         assert latency_s == 0.0
         assert rate == pytest.approx((1 << 20) * 21 / 7)
-        assert reads.checked_rate() == pytest.approx(4 << 20)
+        # so of checked ones, which come two and eight at once
+        assert reads.checked_rate() == pytest.approx((1 << 20) * (2 * 2 + 8 * 8) / (2 + 8))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rate_of_checked_records_is_without_their_latency(tmp_path: Path) -> None:
+    spells = cycle([5e-3 + 2e-3, 5e-3 + 8e-3])  # batches of two and of eight: 5 ms, and 1 ms a record
+    now, begun = 0.0, False
+
+    def clock() -> float:
+        nonlocal now, begun
+        now += next(spells) if begun else 0.0
+        begun = not begun
+        return now
+
+    with ReadTimes(tmp_path, 1 << 20, clock) as reads:
+        assert reads.checked_rate() == pytest.approx((1 << 20) / 1e-3)
+
+
+def test_few_large_records_have_the_rate_of_them_all(tmp_path: Path) -> None:
+    ticks = iter(range(10**6))
+    with ReadTimes(tmp_path, 100 << 20, lambda: float(next(ticks))) as reads:  # two to be checked: one batch
+        assert reads.checked_rate() == pytest.approx(200 << 20)
 
 
 def test_one_slow_spell_among_many_turns_does_not_move_the_line(tmp_path: Path) -> None:
