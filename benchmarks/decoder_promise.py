@@ -10,7 +10,7 @@ the plan in its manifest; a decoder of many gigabytes is then exported once (``-
 A shared machine's speed drifts by more than that within seconds, and a calibration's rates are those of its day. So the
 rates are measured anew before and after each repeat, and the plan, which stays what it was, is priced with both: that
 tells how well rates foretell a token, whatever the machine does today. Times are counted so, and against the promise in
-the plan itself. ``--as-planned`` leaves the new rates out (a large decoder's take minutes).
+the plan itself. ``--as-planned`` leaves the new rates out (a decoder of 7 billion parameters takes 40 s for them).
 """
 
 from __future__ import annotations
