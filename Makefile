@@ -31,7 +31,7 @@ unit: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto -m 'not slow' tests/unit tests/architecture
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -169,30 +169,47 @@ def _root(
 @app.command(short_help="Measure this machine")
 def profile(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the profile goes.")] = Path(
-        "device.json"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where the profile goes; device.json if absent."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A covering few kernels; about half a minute.")] = False,
     threads: Annotated[str, typer.Option("--threads", metavar="COUNTS", help="Thread counts, for instance 1,4.")] = "1",
     storage: Annotated[
         Path | None, typer.Option("--storage", metavar="FOLDER", help="Folder whose disk is measured.")
     ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option("--decoder", metavar="CALIBRATION", help="What this machine does with a calibrated decoder."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine: memory, storage, and kernels through ExecuTorch itself."""
+    """Measure this machine: memory, storage, and kernels through ExecuTorch itself; or its rates for a decoder."""
     from edgeflex import flow
 
     counts = _thread_counts(threads)
     _note_threads(max(counts))
-    measured = flow.profile(
-        output, quick=quick, threads=counts, storage_folder=storage, progress=_progress(quiet=quiet)
-    )
+    if decoder is not None:
+        given = {"--output": output, "--quick": quick or None, "--storage": storage}
+        unfit = [name for name, value in given.items() if value is not None]
+        if unfit:
+            raise InputError(
+                f"{' and '.join(unfit)} beside --decoder: rates go into the calibration, and its disk is measured. "
+                f"Leave {'it' if len(unfit) == 1 else 'them'} out."
+            )
+        rates = flow.profile_decoder(decoder, threads=counts, progress=_progress(quiet=quiet))
+        _result(rates, _decoder_text("rates_text"), as_json=as_json)
+        if not as_json:
+            _say(f"\nWrote {decoder / 'rates.json'}. Next: edgeflex plan {decoder}\n{terminal.prose(_DECODER_BUDGETS)}")
+        return
+    out = output or Path("device.json")
+    measured = flow.profile(out, quick=quick, threads=counts, storage_folder=storage, progress=_progress(quiet=quiet))
     if as_json:
         _print_json(measured)
         return
     _say(terminal.device_text(measured))
-    _say(f"\nWrote {output}")
+    _say(f"\nWrote {out}")
 
 
 def _thread_counts(text: str) -> tuple[int, ...]:
@@ -579,7 +596,10 @@ def _plan_decoder(
         named.insert(0, "--vram")
     if named and (dry_run is not None or limits["vram"] is None):
         why = "a dry run looks at headers alone" if dry_run is not None else "they need --vram, the GPU's memory"
-        raise InputError(f"{', '.join(named)}: for plans on a GPU, and {why}. Leave out, or give what is missing.")
+        hint = "Leave out, or give what is missing."
+        if gpu["--device"]:
+            hint += " A processor is measured where it is: edgeflex profile --decoder CALIBRATION."
+        raise InputError(f"{', '.join(named)}: for plans on a GPU, and {why}. {hint}")
     if idle:
         raise InputError(f"{', '.join(idle)}: not for decoders. Leave out, and see --max-kl and --first-token.")
     if dry_run is not None:

@@ -196,7 +196,10 @@ class DecoderCalibration(Document):
 
 
 class MatrixRate(Noun):
-    """Measured seconds of one matrix shape in one precision with ``rows_in`` input rows and weights from memory."""
+    """Measured seconds of one matrix shape in one precision with ``rows_in`` input rows and weights from memory.
+
+    ``packed_bytes`` are what that machine's kernels hold of it; None in rates of older releases.
+    """
 
     rows: int
     columns: int
@@ -204,6 +207,7 @@ class MatrixRate(Noun):
     rows_in: int
     threads: int
     seconds: float
+    packed_bytes: int | None = None
 
 
 class TokenRatio(Noun):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DecoderGraph,
         DecoderManifest,
         DecoderPlan,
+        DecoderRates,
         DecoderRunStats,
         DecoderSizes,
         DeviceSimulation,
@@ -180,6 +181,34 @@ def decoder_calibration_text(calibration: DecoderCalibration) -> str:
         if worst
         else "",
         _least_seen(calibration.losses),
+    )
+
+
+def rates_text(rates: DecoderRates) -> str:
+    """Return what a machine does with a decoder's shapes: reads, what is beside matrices, and matrices of one row."""
+    figures = [
+        ("experts read", f"{rates.read_bytes_per_s / 1e6:,.0f} MB/s"),
+        ("an event that reads, beside that", format_fine_time(rates.read_latency_s)),
+        ("memory read", f"{rates.memory_bytes_per_s / 1e9:.1f} GB/s"),
+        ("a decoded token, beside matrices", format_fine_time(rates.other_token_s)),
+        ("a prompt's token, beside matrices", format_fine_time(rates.other_prefill_token_s)),
+        ("the process without weights", format_bytes(rates.runtime_bytes)),
+    ]
+    if rates.first_read_bytes_per_s is not None:
+        figures.insert(1, ("for the first time, and checked", f"{rates.first_read_bytes_per_s / 1e6:,.0f} MB/s"))
+    matrices = [
+        (f"{one.rows:,} x {one.columns:,}", one.precision.value, str(one.threads), format_fine_time(one.seconds))
+        for one in rates.matrices
+        if one.rows_in == 1
+    ]
+    return _blocks(
+        table_text(f"A decoder on {rates.device}", ("figure", "value"), figures),
+        table_text(
+            "Matrices with weights from memory",
+            ("matrix", "precision", "threads", "one row"),
+            matrices,
+            words=("precision",),
+        ),
     )
 
 

@@ -24,14 +24,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
-from edgeflex.costs.decoder_states import damaged, load, save
+from edgeflex.costs.decoder_files import ROUTING, damaged, save
 from edgeflex.costs.decoder_sweep import Sweep, Text, is_matrix
 from edgeflex.errors import InputError
 from edgeflex.files import read_bytes, write_atomic
@@ -69,33 +68,6 @@ class CalibrationKey(Noun):
     chunk_tokens: int
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Columns of a routing trace, one row for each (token, layer, expert used), all equally long.
-
-    ``phase`` is 0 in a prompt and 1 while decoding, ``step`` the token's position, ``iter`` the prompt's chunk.
-    """
-
-    turn: NDArray[np.int64]
-    phase: NDArray[np.int64]
-    step: NDArray[np.int64]
-    layer: NDArray[np.int64]
-    iter: NDArray[np.int64]
-    slot: NDArray[np.int64]
-    expert: NDArray[np.int64]
-    weight: NDArray[np.float32]
-
-    def uses(self, layers: int, experts: int) -> NDArray[np.float64]:
-        """Return the share of decoded tokens that use each expert, [layers, experts]; of all if none is decoded."""
-        rows = self.phase == 1 if (self.phase == 1).any() else np.ones(len(self.phase), dtype=bool)
-        flat = np.bincount(self.layer[rows] * experts + self.expert[rows], minlength=layers * experts)
-        tokens = len(np.unique(np.stack([self.turn[rows], self.step[rows]]), axis=1).T)
-        return flat.reshape(layers, experts) / max(1, tokens)
-
-
-_IDS = ("turn", "phase", "step", "layer", "iter", "slot", "expert")
-
-
 def calibrate_decoder(
     source: DecoderSource,
     token_sequences: Sequence[Sequence[int]],
@@ -108,7 +80,7 @@ def calibrate_decoder(
     chunk_tokens: int = 64,
     progress: Progress | None = None,
 ) -> DecoderCalibration:
-    """Return KL of every unit and precision, and leave the routing of the text in ``folder`` (``read_routing``).
+    """Return KL of every unit and precision, and leave the routing of the text in ``folder``.
 
     Killed at any point, it goes on after the last whole layer; a folder that is finished is only read.
 
@@ -146,24 +118,11 @@ def calibrate_decoder(
     sweep = Sweep(source, text, key.precisions, expert_tokens=expert_tokens, folder=folder, progress=heard)
     with torch.no_grad():
         measured = sweep.run()
-    save(folder / "routing.npz", dict(_rows(measured.state, text, key)), packed=True)
+    save(folder / ROUTING, dict(_rows(measured.state, text, key)), packed=True)
     found = _calibration(source.graph, text, key, measured)
     write_atomic(result, found.canonical_json())
     sweep.forget()
     return found
-
-
-def read_routing(folder: Path) -> Routing:
-    """Return the routing trace that calibration recorded.
-
-    Raises:
-        InputError: ``folder`` holds none, or a damaged one.
-    """
-    path = folder / "routing.npz"
-    arrays = load(path)
-    if set(arrays) != {*_IDS, "weight"} or len({len(values) for values in arrays.values()}) != 1:
-        raise damaged(path, "columns are missing or of unequal length")
-    return Routing(**{name: arrays[name].astype(np.int64) for name in _IDS}, weight=arrays["weight"].astype(np.float32))
 
 
 def _text(source: DecoderSource, sequences: Sequence[Sequence[int]], kl_tokens: int) -> Text:

@@ -6,19 +6,14 @@ not grow with their number, which grows with the number of layers.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, field
-from tokenize import TokenError
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from edgeflex.errors import InputError
+from edgeflex.costs.decoder_files import damaged, load, save
 from edgeflex.files import read_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -29,11 +24,6 @@ if TYPE_CHECKING:
 
 _POINTER = "state.json"
 _UNIFORM, _VARIANT = "u:", "v:"
-# What NumPy and its zip raise on a damaged file, whichever byte it is.
-_NO_ARRAYS = (
-    *(ValueError, OSError, EOFError, KeyError, SyntaxError, TokenError, MemoryError),
-    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
-)
 
 
 class ShelfFile(NamedTuple):
@@ -202,34 +192,3 @@ def _from_one_file(hidden: dict[str, Tensor], writer: ShelfWriter) -> Shelf:
 
 
 # --- files -----------------------------------------------------------------------------------------------
-
-
-def save(path: Path, arrays: dict[str, NDArray[np.generic]], *, packed: bool = False) -> str:
-    """Write arrays whole or not at all, and return their digest."""
-    buffer = io.BytesIO()
-    # numbers only, so that nothing is ever pickled; not every numpy has savez refuse objects by itself
-    (np.savez_compressed if packed else np.savez)(buffer, **arrays)  # type: ignore[arg-type]
-    raw = buffer.getvalue()
-    write_atomic(path, raw)
-    return hashlib.sha256(raw).hexdigest()
-
-
-def load(path: Path, digest: str | None = None) -> dict[str, NDArray[np.generic]]:
-    """Return the arrays of a file by name, in the order in which they were written.
-
-    Raises:
-        InputError: It is absent or damaged, or its bytes have another ``digest``.
-    """
-    raw = read_bytes(path, "calibration file")
-    if digest is not None and hashlib.sha256(raw).hexdigest() != digest:
-        raise damaged(path, "its content is not what was written")
-    try:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except _NO_ARRAYS as error:
-        raise damaged(path, error) from None
-
-
-def damaged(path: Path, reason: object) -> InputError:
-    """Return the error that a file of a calibration is damaged."""
-    return InputError(f"calibration file {str(path)!r} is damaged: {reason}. Delete it and calibrate again.")

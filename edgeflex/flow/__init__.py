@@ -24,6 +24,7 @@ from edgeflex.flow.decoders import (
     is_decoder_calibration,
     is_decoder_document,
     plan_decoder,
+    profile_decoder,
 )
 from edgeflex.flow.device_plans import plan_decoder_on_gpu
 from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
@@ -55,6 +56,7 @@ __all__ = [
     "plan_decoder",
     "plan_decoder_on_gpu",
     "profile",
+    "profile_decoder",
     "record_trace",
     "report",
     "report_decoder",

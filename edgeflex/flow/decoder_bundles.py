@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflex.errors import InfeasibleError, InputError, UnsupportedError
 from edgeflex.files import StrPath, path_of, place_of, read_bytes, read_text
-from edgeflex.flow.decoders import CHECK_TEXT, read_array
+from edgeflex.flow.decoders import CHECK_TEXT, open_decoder_calibration, read_array
 from edgeflex.flow.device_plans import plan_again
 from edgeflex.flow.traces import Replays, packed_bytes
 from edgeflex.schema import Precision
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from edgeflex.models.decoder_reference import Reference
     from edgeflex.models.decoders import DecoderSource
+    from edgeflex.plans.decoder_costs import PackedBytes
     from edgeflex.progress import Progress
     from edgeflex.reports.decoder import DecoderReportDocument
     from edgeflex.runtimes.decoder_settings import Settings
@@ -175,13 +176,13 @@ def _miss_curve(planned: DecoderPlan, graph: DecoderGraph, folder: Path) -> tupl
     """Return replays of the plan's policy and of LRU, from one token's experts to all of them."""
     import numpy as np
 
-    from edgeflex.costs.decoder_calibration import read_routing
     from edgeflex.runtimes.replay import miss_point
 
     if planned.verdict != "offload" or planned.gpu is not None:  # a GPU's tiers are not the processor's cache
         return ()
-    replays = Replays(graph, read_routing(folder), planned.budget.prompt_tokens)
-    sizes = _planned_sizes(planned, graph)
+    _, rates, routing = open_decoder_calibration(folder)
+    replays = Replays(graph, routing, planned.budget.prompt_tokens)
+    sizes = _planned_sizes(planned, graph, packed_bytes(rates))
     caches = np.geomspace(min(planned.cache_bytes, planned.cycle_bytes), int(sizes.sum()), _CURVE_POINTS).astype(int)
     trace = replays.trace(64)
     return tuple(
@@ -192,14 +193,14 @@ def _miss_curve(planned: DecoderPlan, graph: DecoderGraph, folder: Path) -> tupl
     )
 
 
-def _planned_sizes(planned: DecoderPlan, graph: DecoderGraph) -> Ints:
+def _planned_sizes(planned: DecoderPlan, graph: DecoderGraph, packed: PackedBytes) -> Ints:
     """Return [layers, experts] bytes of the packed experts."""
     import numpy as np
 
     from edgeflex.plans.decoder_costs import expert_bytes
 
     chosen = {one.subject: Precision(one.option) for one in planned.choices}
-    shapes, packed = graph.matrix_shapes(), packed_bytes()
+    shapes = graph.matrix_shapes()
     most = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)
     sizes = np.zeros((len(graph.layers), most), dtype=np.int64)
     for layer in graph.layers:

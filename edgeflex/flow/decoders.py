@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgeflex.models.decoders import DecoderSource
-    from edgeflex.runtimes.trace import Trace
 
 _KEY = "decoder-key.json"
 _CALIBRATION = "decoder-calibration.json"
 _RATES = "rates.json"
 CHECK_TEXT = "check.npy"
 _TRACE = "trace.csv"
+_TOKENIZER = "tokenizer.json"
 PLANNED = (Precision.INT8_DYNAMIC, Precision.INT4_GROUP32)
 _POLICIES = ("enu", "lru")
 
@@ -168,7 +168,7 @@ def calibrate_decoder(
         InputError: The decoder or the text cannot be used, or the folder holds another calibration.
     """
     from edgeflex.costs.decoder_calibration import calibrate_decoder as calibrate_losses
-    from edgeflex.costs.decoder_calibration import read_routing
+    from edgeflex.costs.decoder_files import read_routing
     from edgeflex.models.decoders import open_decoder
     from edgeflex.runtimes.trace import write_trace
 
@@ -192,10 +192,57 @@ def calibrate_decoder(
     write_atomic(out / CHECK_TEXT, _npy(check))
     if not (out / _TRACE).exists():
         write_trace(out / _TRACE, trace_of(found.graph, read_routing(out)))
+    write_atomic(out / _TOKENIZER, read_bytes(source.tokenizer_file, "tokenizer"))
     if not _knows(out / _RATES, threads):
-        rates = _rates(source, out, trace_of(found.graph, read_routing(out)), threads, heard)
-        write_atomic(out / _RATES, rates.canonical_json())
+        profile_decoder(out, threads=threads, progress=heard)
     return found
+
+
+def profile_decoder(
+    folder: StrPath, *, threads: Sequence[int] = (1,), progress: Progress | None = None
+) -> DecoderRates:
+    """Measure what this machine does with a calibrated decoder's shapes, and keep that in the calibration.
+
+    It needs the calibration's folder alone, a few MiB: no weights, no text and no torch. So a decoder that was
+    calibrated on a large computer is measured on the small one that it is for; and a machine whose speed has changed is
+    measured again.
+
+    Args:
+        folder: Of the calibration; its disk should be the one that experts will be read from. Rates that it holds are
+            replaced.
+        threads: Numbers of threads to measure kernels with.
+        progress: Told of every measurement.
+
+    Raises:
+        InputError: The calibration is not finished or damaged.
+        DeviceError: The disk is full or fails, or a kernel does.
+    """
+    from edgeflex.costs.decoder_files import read_routing
+    from edgeflex.profiles import machine
+    from edgeflex.profiles.probe import memory_read
+    from edgeflex.runtimes.decoder_rates import measure_rates
+
+    folder = path_of(folder)
+    if not is_decoder_calibration(folder):
+        raise InputError(
+            f"{str(folder)!r} is no calibration of a decoder. Give the folder that edgeflex calibrate wrote."
+        )
+    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT))
+    graph = parse_calibrated(DecoderCalibration, folder, _CALIBRATION).graph
+    tokenizer = folder / _TOKENIZER
+    rates = measure_rates(
+        graph,
+        folder,
+        trace_of(graph, read_routing(folder)),
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        device=machine().cpu_model or "this machine",
+        precisions=PLANNED,
+        threads=threads,
+        memory_bytes_per_s=memory_read(threads=max(threads)).value,
+        progress=progress,
+    )
+    write_atomic(folder / _RATES, rates.canonical_json())
+    return rates
 
 
 def read_array(path: Path) -> Any:
@@ -259,26 +306,6 @@ def _texts(source: DecoderSource, text: Path, tokens: int, length: int, seed: in
     return pieces[np.sort(order[:used])].tolist(), pieces[np.sort(order[used : used + spare])]
 
 
-def _rates(
-    source: DecoderSource, folder: Path, trace: Trace, threads: Sequence[int], progress: Progress
-) -> DecoderRates:
-    from edgeflex.profiles import machine
-    from edgeflex.profiles.probe import memory_read
-    from edgeflex.runtimes.decoder_rates import measure_rates
-
-    return measure_rates(
-        source.graph,
-        folder,
-        trace,
-        tokenizer=source.tokenizer_file,
-        device=machine().cpu_model or "this machine",
-        precisions=PLANNED,
-        threads=threads,
-        memory_bytes_per_s=memory_read(threads=max(threads)).value,
-        progress=progress,
-    )
-
-
 # --- plan ------------------------------------------------------------------------------------------------
 
 
@@ -288,16 +315,19 @@ def open_decoder_calibration(folder: Path) -> tuple[DecoderCalibration, DecoderR
     Raises:
         InputError: It is not finished, or damaged.
     """
-    from edgeflex.costs.decoder_calibration import read_routing
+    from edgeflex.costs.decoder_files import read_routing
 
-    missing = [name for name in (_CALIBRATION, CHECK_TEXT, _RATES) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"the calibration in {str(folder)!r} is not finished. Run the same edgeflex calibrate again.")
+    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT, _RATES))
 
     def document(kind: Any, name: str) -> Any:
         return parse_calibrated(kind, folder, name)
 
     return document(DecoderCalibration, _CALIBRATION), document(DecoderRates, _RATES), read_routing(folder)
+
+
+def _refuse_unfinished(folder: Path, names: Sequence[str]) -> None:
+    if not all((folder / name).is_file() for name in names):
+        raise InputError(f"the calibration in {str(folder)!r} is not finished. Run the same edgeflex calibrate again.")
 
 
 def plan_decoder(folder: StrPath, budget: DecoderBudget) -> DecoderPlan:
@@ -316,7 +346,7 @@ def plan_decoder(folder: StrPath, budget: DecoderBudget) -> DecoderPlan:
     experts = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)
     replays = Replays(graph, routing, budget.prompt_tokens)
     ground: dict[str, Any] = {
-        "packed_bytes": packed_bytes(),
+        "packed_bytes": packed_bytes(rates),
         "prefill_bytes": replays.prefill_bytes,
         "uses": routing.uses(len(graph.layers), experts),
         "kv_bytes": lambda tokens: costs.kv_bytes(graph, tokens),

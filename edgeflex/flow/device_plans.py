@@ -59,15 +59,15 @@ def plan_decoder_on_gpu(
     simulated = SimulatedDevice(
         graph, rates, profile, replays, uses, budget.prompt_tokens, link_bytes_per_s, ram_bytes_per_s
     )
-    machine = simulated.described()
-    made = plan_on_gpu(calibration, rates, budget, machine, packed_bytes=packed_bytes(), uses=uses, precisions=PLANNED)
+    machine, packed = simulated.described(), packed_bytes(rates)
+    made = plan_on_gpu(calibration, rates, budget, machine, packed_bytes=packed, uses=uses, precisions=PLANNED)
     check_gpu_plan(
         made,
         GpuGround(
             calibration=calibration,
             rates=rates,
             device=simulated,
-            packed_bytes=packed_bytes(),
+            packed_bytes=packed,
             uses=uses,
             activations_bytes=lambda chunk: costs.activations_bytes(graph, chunk),
         ),

@@ -18,18 +18,28 @@ if TYPE_CHECKING:
 
     from edgeflex.runtimes.trace import Trace
     from edgeflex.schema import DeviceProfile
-    from edgeflex.schema_moe import DecoderGraph, DeviceSimulation
+    from edgeflex.schema_moe import DecoderGraph, DecoderRates, DeviceSimulation
 
     Ints = NDArray[np.int64]
 
 _REPLAYED_USES = 60_000  # of experts, prompts included
 
 
-def packed_bytes() -> Callable[[Precision, int, int], int]:
-    """Return a function of precision, rows and columns: bytes of a matrix as this machine's kernels hold it."""
+def packed_bytes(rates: DecoderRates | None = None) -> Callable[[Precision, int, int], int]:
+    """Return a function of precision, rows and columns: bytes of a matrix as a machine's kernels hold it.
+
+    Args:
+        rates: Of that machine; None is this one, which also stands in for what the rates do not tell.
+    """
     from edgeflex.runtimes import native
 
-    return lru_cache(maxsize=None)(native.packed_bytes)
+    known = {(one.precision, one.rows, one.columns): one.packed_bytes for one in rates.matrices} if rates else {}
+
+    def held_bytes(precision: Precision, rows: int, columns: int) -> int:
+        measured = known.get((precision, rows, columns))
+        return native.packed_bytes(precision, rows, columns) if measured is None else measured
+
+    return lru_cache(maxsize=None)(held_bytes)
 
 
 def trace_of(graph: DecoderGraph, routing: Any, *, prompt: int | None = None, chunk: int | None = None) -> Trace:
@@ -241,9 +251,10 @@ def simulate_trace(
 
     if compute_s is not None and link_bytes_per_s is None:
         raise InputError("the time of a token's computing was given without the rate of reads. Pass --link too.")
+    place = path_of(path)
     if faults := unknown_policies(policies, REPLAYED):
         raise InputError.collect("--policy", faults)
-    trace = read_trace(path_of(path))
+    trace = read_trace(place)
     sizes = trace.sizes(precision)
     best = {cache: belady(trace, cache, sizes=sizes) for cache in caches_bytes}
     results = []
@@ -271,7 +282,7 @@ def simulate_trace(
                 )
             )
     return Simulation(
-        trace=path_of(path).name,
+        trace=place.name,
         decode_tokens=trace.decode_tokens,
         link_bytes_per_s=link_bytes_per_s,
         compute_s=compute_s,

@@ -127,6 +127,7 @@ def measure_rates(
             rows_in=rows,
             threads=count,
             seconds=took_s,
+            packed_bytes=packed_bytes(precision, *shape),
         )
         for (shape, precision, rows, count), took_s in seconds.items()
     ]

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -30,14 +31,15 @@ from edgeflex.models.tiny_decoder import tiny_config
 from edgeflex.runtimes.policies import POLICIES
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Sequence
 
     Command = Callable[..., Any]
     Start = Callable[..., subprocess.Popen[str]]
 
+pytestmark = pytest.mark.timeout(600)  # whole commands, begun and killed
+
 HIDDEN, INNER, EXPERTS, LAYERS, CONTEXT = 64, 32, 8, 2, 128
-PATIENCE_S = 120
+PATIENCE_S = 240
 KIB = 1 << 10
 CALIBRATE = ("calibrate", "-m", "in/model", "--text", "in/text.txt", "--tokens", 256, "-q")
 SHORT = ("--prompt", "Return a string", "--max-tokens", 12)
@@ -503,6 +505,42 @@ def test_a_talk_that_fills_the_context_says_so(here: Path, edgeflex: Command, mo
     assert done.out.count("\n") > 2, "what was answered before stays said"
 
 
+# --- another computer ----------------------------------------------------------------------------------------
+
+WITHOUT_TORCH = "import sys; sys.modules.update(torch=None, transformers=None); from edgeflex.cli import main; main()"
+
+
+def test_another_computer_needs_no_more_than_a_copy_of_the_calibration(walk: Walk, here: Path):
+    shutil.copytree("in/calibration", "copy")
+    known = json.loads(Path("copy/rates.json").read_text())
+    Path("copy/rates.json").unlink()
+    line = [sys.executable, "-c", WITHOUT_TORCH, "profile", "--decoder", "copy", "--threads", "1,2", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    rates = json.loads(done.stdout)
+    assert rates == json.loads(Path("copy/rates.json").read_text())
+    shapes = ("rows", "columns", "precision", "rows_in", "threads", "packed_bytes")
+    assert [[one[name] for name in shapes] for one in rates["matrices"]] == [
+        [one[name] for name in shapes] for one in known["matrices"]
+    ]
+    again = answered("plan", "copy", "--prompt-tokens", 16, "--memory", walk.budget_bytes, "-o", "again.json")
+    assert again["graph_digest"] == walk.plan["graph_digest"]
+
+
+def test_plans_count_weights_as_the_measured_computers_kernels_hold_them(walk: Walk, here: Path):
+    shutil.copytree("in/calibration", "copy")
+    rates = json.loads(Path("copy/rates.json").read_text())
+    for one in rates["matrices"]:
+        one["packed_bytes"] *= 8
+    Path("copy/rates.json").write_text(json.dumps(rates))
+    larger = answered("plan", "copy", "--prompt-tokens", 16, "-o", "larger.json")
+    assert larger["cache_bytes"] > 4 * walk.resident["cache_bytes"]
+    said, before = (one["predicted"]["memory"]["dense_bytes"] for one in (larger, walk.resident))
+    assert said > 4 * before
+    # export plans again, from the same sizes
+    answered("export", "larger.json", "-m", "in/model", "--calibration", "copy", "--no-stock", "-q", "-o", "bundle")
+
+
 # --- traces --------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +606,12 @@ BAD_LINES: list[tuple[str, tuple[object, ...], tuple[str, ...]]] = [
     ("short text", ("calibrate", "-m", "in/model", "--text", "in/short.txt"), ("in/short.txt", "too few")),
     ("text of bytes", ("calibrate", "-m", "in/model", "--text", "in/bytes.txt"), ("byte 3 is not UTF-8",)),
     ("numbers that are none", ("calibrate", "-m", "in/noise", "--text", "in/text.txt"), ("NaN", "in/noise")),
+    ("profile of no calibration", ("profile", "--decoder", "in/model"), ("'in/model'", "no calibration of a decoder")),
+    (
+        "options of a profile",
+        ("profile", "--decoder", "in/calibration", "--quick", "-o", "a.json"),
+        ("--output and --quick", "Leave them out"),
+    ),
     ("trace of another kind", ("trace", "simulate", "in/text.txt", "--cache", "1MiB"), ("in/text.txt", "column")),
     ("tiny cache for a trace", ("trace", "simulate", "in/calibration/trace.csv", "--cache", 9), ("8.00 KiB",)),
     (

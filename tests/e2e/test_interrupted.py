@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     Start = Callable[..., subprocess.Popen[str]]
     Command = Callable[..., Any]
 
-PATIENCE_S = 120
+pytestmark = pytest.mark.timeout(600)  # whole commands, begun and killed
+
+PATIENCE_S = 240
 # Four layers with weights, so that calibrating it takes seconds.
 NETWORK = """
 from torch import nn

@@ -22,6 +22,7 @@ from tests.decoder_samples import (
     sample_sizes,
     sample_stats,
 )
+from tests.plan_samples import rates_of
 from tests.tiny_decoder import tiny_graph
 
 MANIFEST = sample_manifest()
@@ -30,6 +31,7 @@ TEXTS = {
     "graph": lambda: terminal_moe.decoder_graph_text(sample_graph()),
     "sizes": lambda: terminal_moe.decoder_sizes_text(sample_sizes()),
     "calibration": lambda: terminal_moe.decoder_calibration_text(sample_calibration()),
+    "rates": lambda: terminal_moe.rates_text(rates_of(sample_graph(), lambda *_: 2e-6, first_read_bytes_per_s=6e8)),
     "plan": lambda: terminal_moe.decoder_plan_text(sample_plan()),
     "plan for a GPU": lambda: terminal_moe.decoder_plan_text(sample_gpu_plan()),
     "bundle": lambda: terminal_moe.decoder_bundle_text(MANIFEST),

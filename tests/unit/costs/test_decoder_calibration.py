@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from edgeflex.costs.decoder_calibration import calibrate_decoder, read_routing
+from edgeflex.costs.decoder_calibration import calibrate_decoder
+from edgeflex.costs.decoder_files import read_routing
 from edgeflex.errors import InputError
 from edgeflex.models.decoder_reference import Reference, divergence
 from edgeflex.models.decoders import open_decoder

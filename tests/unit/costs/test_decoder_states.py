@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edgeflex.costs.decoder_states import load, save
+from edgeflex.costs.decoder_files import load, save
 from edgeflex.errors import InputError
 
 if TYPE_CHECKING:

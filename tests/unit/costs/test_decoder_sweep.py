@@ -13,7 +13,7 @@ import torch
 
 from edgeflex.costs import decoder_sweep
 from edgeflex.costs.decoder_calibration import calibrate_decoder
-from edgeflex.costs.decoder_states import load, save
+from edgeflex.costs.decoder_files import load, save
 from edgeflex.errors import InputError
 from edgeflex.models.decoder_reference import Mixing, Reference, divergence
 from edgeflex.progress import Silent
