@@ -262,11 +262,13 @@ def _texts(source: DecoderSource, text: Path, tokens: int, length: int, seed: in
 def _rates(
     source: DecoderSource, folder: Path, trace: Trace, threads: Sequence[int], progress: Progress
 ) -> DecoderRates:
-    from edgeflex.profiles import machine
+    from edgeflex.pace import middle
+    from edgeflex.profiles import conditions, machine
     from edgeflex.profiles.probe import memory_read
     from edgeflex.runtimes.decoder_rates import measure_rates
 
-    return measure_rates(
+    before = conditions()
+    rates = measure_rates(
         source.graph,
         folder,
         trace,
@@ -277,6 +279,7 @@ def _rates(
         memory_bytes_per_s=memory_read(threads=max(threads)).value,
         progress=progress,
     )
+    return rates.model_copy(update={"conditions": middle((before, conditions()))})
 
 
 # --- plan ------------------------------------------------------------------------------------------------
