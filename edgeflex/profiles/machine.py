@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from edgeflex.profiles.yardsticks import arithmetic_seconds, memory_rate
+from edgeflex.profiles.yardsticks import speed
 from edgeflex.schema import Conditions
 
 if TYPE_CHECKING:
@@ -137,11 +137,8 @@ def conditions(root: Path = Path("/"), *, clock: Callable[[], float] = time.perf
     )
     if root != Path("/"):
         return state
-    # Memory first: a processor that was idle needs a while of work until its clock has risen.
-    memory_bytes_per_s = memory_rate(clock)
-    return state.model_copy(
-        update={"memory_bytes_per_s": memory_bytes_per_s, "arithmetic_s": arithmetic_seconds(clock)}
-    )
+    arithmetic_s, memory_bytes_per_s = speed(clock)
+    return state.model_copy(update={"arithmetic_s": arithmetic_s, "memory_bytes_per_s": memory_bytes_per_s})
 
 
 def power_w(root: Path = Path("/")) -> float | None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from edgeflex.profiles import conditions
-from edgeflex.profiles.yardsticks import arithmetic_seconds, memory_rate
+from edgeflex.profiles.yardsticks import speed
+
+WARM_UP = (99.0, 99.0)
 
 
 def clock_of(*samples: float):
@@ -18,29 +20,29 @@ def clock_of(*samples: float):
     return lambda: next(times)
 
 
-def test_arithmetic_is_the_median_of_fifteen_samples_after_one_that_does_not_count():
-    assert arithmetic_seconds(clock_of(99.0, *(float(n) for n in range(15, 0, -1)))) == pytest.approx(8.0)
+def test_reading_and_arithmetic_take_turns_and_the_means_of_all_but_the_first_stand():
+    turns = ((0.5, 1.0), (0.25, 2.0), (0.25, 3.0), (1.0, 6.0))
+    arithmetic_s, rate = speed(clock_of(*WARM_UP, *itertools.chain(*turns)))
+    assert arithmetic_s == pytest.approx(3.0)
+    assert rate == pytest.approx((64 << 20) / 0.5)
 
 
-def test_arithmetic_beside_a_neighbour_that_takes_most_of_the_samples_is_slower():
-    assert arithmetic_seconds(clock_of(1.0, *([1.0] * 7 + [2.0] * 8))) == pytest.approx(2.0)
-
-
-def test_memory_is_64_mib_over_the_median_of_three_passes_after_one_that_does_not_count():
-    assert memory_rate(clock_of(99.0, 0.5, 8.0, 0.25)) == pytest.approx((64 << 20) / 0.5)
+def test_a_neighbour_that_takes_the_core_in_one_turn_of_four_shows():
+    arithmetic_s, _ = speed(clock_of(*WARM_UP, *(1.0, 1.0) * 3, 1.0, 5.0))
+    assert arithmetic_s == pytest.approx(2.0), "a median would be 1, as without him"
 
 
 def test_a_clock_that_stands_still_tells_nothing():
-    assert arithmetic_seconds(lambda: 1.0) is None
-    assert memory_rate(lambda: 1.0) is None
+    assert speed(lambda: 1.0) == (None, None)
 
 
-def test_without_room_for_the_buffer_the_rate_is_unknown(monkeypatch):
+def test_without_room_for_the_buffer_only_the_rate_is_unknown(monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(np, "arange", full)
-    assert memory_rate() is None
+    ticks = itertools.count()
+    assert speed(lambda: float(next(ticks))) == (1.0, None)
 
 
 def test_conditions_hold_both_by_the_clock_that_is_handed_in():
