@@ -997,6 +997,8 @@ def bench(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
+        if speed := terminal.pace_text(flow.pace(bundle, result), result.checks):
+            _say(f"\n{speed}")
         if decoder and result.device is not None:
             _say(f"\n{_decoder_text('device_record_text')(result.device)}")
         _say(f"\nWrote {output}")

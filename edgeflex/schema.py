@@ -139,6 +139,26 @@ class Precision(str, Enum):
 # --- device ------------------------------------------------------------------------------------------
 
 
+class Conditions(Noun):
+    """The state of the machine around a measurement; None where it does not tell.
+
+    ``arithmetic_s`` are the seconds of a fixed piece of vector arithmetic in cache, ``memory_bytes_per_s`` the rate at
+    which memory is read, both on one thread: how fast the machine was, which no load and no clock tells.
+    """
+
+    load_average: float | None = None
+    clock_hz: float | None = None
+    temperature_c: float | None = None
+    energy_j: float | None = None
+    arithmetic_s: float | None = Field(default=None, gt=0)
+    memory_bytes_per_s: float | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out speeds that nobody measured, so that the digests of documents without them stay what they were."""
+        return without_absent(write(self), "arithmetic_s", "memory_bytes_per_s")
+
+
 class Figure(Noun):
     """One number about a device, with where it comes from.
 
@@ -419,7 +439,10 @@ class Scenario(Noun):
 
 
 class CostTable(Document):
-    """Scenarios × decisions × options: all that the solver sees."""
+    """Scenarios × decisions × options: all that the solver sees.
+
+    ``conditions`` are those in which its times were measured; None where they come from elsewhere than a run here.
+    """
 
     name: str
     scenarios: tuple[Scenario, ...] = Field(min_length=1)
@@ -434,6 +457,12 @@ class CostTable(Document):
     device_digest: str = ""
     calibration_digest: str = ""
     backend: str = ""
+    conditions: Conditions | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not measured, so that the digests of tables without it stay what they were."""
+        return without_absent(write(self), "conditions")
 
 
 # --- plan --------------------------------------------------------------------------------------------
@@ -572,7 +601,8 @@ class Plan(Document):
     """The decision: thresholds, a precision per layer, what it will cost, and the proof.
 
     ``memory_of`` says what a GPU's plan means by memory, whatever the tier's name: ``gpu``, a memory of its own, or
-    ``shared`` with the processor. None is the memory of the process, or a device that says neither.
+    ``shared`` with the processor. None is the memory of the process, or a device that says neither. ``conditions`` are
+    those in which the times that it rests on were measured; None where these come from elsewhere than this device.
     """
 
     name: str
@@ -597,6 +627,7 @@ class Plan(Document):
     threads: int = 1
     notes: tuple[str, ...] = ()
     memory_of: Literal["gpu", "shared"] | None = None
+    conditions: Conditions | None = None
 
     @property
     def memory_name(self) -> str:
@@ -605,8 +636,8 @@ class Plan(Document):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what a plan for a processor has not, so that its digest stays what it was."""
-        return without_absent(write(self), "memory_of")
+        """Leave out what plans of before have not, so that their digests stay what they were."""
+        return without_absent(write(self), "memory_of", "conditions")
 
 
 class CurvePoint(Noun):
@@ -680,15 +711,6 @@ class BundleManifest(Document):
 
 
 # --- run ---------------------------------------------------------------------------------------------
-
-
-class Conditions(Noun):
-    """The state of the machine around a measurement; None where it does not tell."""
-
-    load_average: float | None = None
-    clock_hz: float | None = None
-    temperature_c: float | None = None
-    energy_j: float | None = None
 
 
 class RequestStats(Noun):

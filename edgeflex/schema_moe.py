@@ -229,6 +229,7 @@ class DecoderRates(Document):
     ``first_read_bytes_per_s`` the same where each expert's hash is checked, as at its first use.
     ``other_token_s`` is what a decoded token costs beside matrices (attention, norms, routing, the loop).
     ``matrices`` were timed by themselves; within a token those of one row take ``token_ratios`` times as long.
+    ``conditions`` are the machine's around measuring; rates of before have none.
     """
 
     device: str
@@ -241,6 +242,12 @@ class DecoderRates(Document):
     other_prefill_token_s: float
     token_ratios: tuple[TokenRatio, ...] = ()
     runtime_bytes: int
+    conditions: Conditions | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what rates of before do not have, so that their digests stay what they were."""
+        return without_absent(write(self), "conditions")
 
 
 class MissPoint(Noun):
@@ -372,6 +379,7 @@ class DecoderPlan(Document):
     """Precisions, cache and promise. ``cycle_bytes`` is T: the bytes of the experts that one token uses.
 
     With ``gpu`` the decoder runs there: ``cache_bytes``, ``policy`` and ``predicted.memory`` are the processor's part.
+    ``conditions`` are those in which its times were measured; with ``gpu`` there are none: they come from elsewhere.
     """
 
     kind: Literal["decoder"] = "decoder"
@@ -390,6 +398,7 @@ class DecoderPlan(Document):
     predicted: DecoderPrediction
     proof: Proof | None = None
     gpu: GpuPlacement | None = None
+    conditions: Conditions | None = None
 
     @property
     def alone_cache_bytes(self) -> int:
@@ -398,8 +407,8 @@ class DecoderPlan(Document):
 
     @model_serializer(mode="wrap")
     def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
-        return without_absent(write(self), "gpu")
+        """Leave out what plans of before do not have, so that their bytes and digests stay what they were."""
+        return without_absent(write(self), "gpu", "conditions")
 
 
 # --- bundle ------------------------------------------------------------------------------------------

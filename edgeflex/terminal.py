@@ -23,6 +23,7 @@ from edgeflex.units import format_bytes, format_count, format_fine_time, format_
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
+    from edgeflex.pace import Pace
     from edgeflex.profiles.doctor import Doctor
     from edgeflex.progress import Advance
     from edgeflex.schema import (
@@ -454,6 +455,13 @@ def checks_text(checks: Sequence[Check]) -> str:
     return table_text(
         "", _CHECK_COLUMNS, [row(check, budget=check.limit is not None) for check in checks], words=("verdict",)
     )
+
+
+def pace_text(found: Pace, checks: Sequence[Check]) -> str:
+    """Return what the machine's speed explains of promises about time, or nothing."""
+    from edgeflex.pace import pace_sentences
+
+    return prose(*pace_sentences(found, checks))
 
 
 def sample_text(result: VerifyResult) -> str:

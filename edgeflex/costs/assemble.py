@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ from edgeflex.schema import (
     Candidates,
     Capabilities,
     Choice,
+    Conditions,
     CostTable,
     DeviceProfile,
     LayerKind,
@@ -148,6 +150,24 @@ def _observations(mixes: Sequence[Mix]) -> list[Observation]:
     return found
 
 
+def _conditions(mixes: Sequence[Mix]) -> Conditions | None:
+    """Return the machine's median speed among the programs, at which ``_observations`` tells their times.
+
+    What is not known of every program is left out: the others may have run at another speed.
+    """
+    states = [mix.record.conditions or Conditions() for mix in mixes]
+    arithmetic_s = _known_median([one.arithmetic_s for one in states])
+    rate = _known_median([one.memory_bytes_per_s for one in states])
+    if arithmetic_s is None and rate is None:
+        return None
+    return Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=rate)
+
+
+def _known_median(figures: Sequence[float | None]) -> float | None:
+    known = [one for one in figures if one is not None]
+    return median(known) if known and len(known) == len(figures) else None
+
+
 def _pools(
     mixes: Sequence[Mix], outputs: Mapping[str, ExitOutputs], block_s: Mapping[str, Sequence[float]]
 ) -> dict[str, tuple[Policy, ...]]:
@@ -238,6 +258,7 @@ def assemble(
             backend=capabilities.backend,
             device_digest=device.digest(),
             calibration_digest=calibration.digest(),
+            conditions=_conditions(mixes) if here else None,
         )
     )
     return table, Candidates(

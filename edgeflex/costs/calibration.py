@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeflex.images import ImageFolder
     from edgeflex.models import DynamicModel
     from edgeflex.progress import Progress
+    from edgeflex.schema import Conditions
 
 _BATCH = 64
 _RANGE_IMAGES = 256
@@ -40,6 +41,7 @@ class Evaluation:
         program_bytes: Size of the program.
         memory_bytes: What it added to the process.
         settings: How the runtime executed it, where it has a choice.
+        conditions: How fast the machine was around timing, where that was measured.
     """
 
     outputs: NDArray[np.float32]
@@ -48,6 +50,7 @@ class Evaluation:
     program_bytes: int
     memory_bytes: int | None
     settings: str = ""
+    conditions: Conditions | None = None
 
 
 class PrepareSegment(Protocol):
@@ -198,6 +201,7 @@ def measure_mix(
             memory_bytes=found.memory_bytes,
             settings=found.settings,
             role=role,
+            conditions=found.conditions,
         )
         calibration.write_mix(record, found.outputs[: len(choose)], found.outputs[len(choose) :])
     return calibration.records()[name]

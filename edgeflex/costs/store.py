@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from edgeflex.errors import InputError
 from edgeflex.files import read_bytes, write_atomic
-from edgeflex.schema import Noun, Precision
+from edgeflex.schema import Conditions, Noun, Precision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ class MixRecord(Noun):
     """One measured mix: its precisions, and what its program costs on the device that measured it.
 
     ``yardstick_s`` is the time that one fixed piece of work took in between, ``settings`` how the runtime executed
-    the program where it has a choice.
+    the program where it has a choice, ``conditions`` how fast the machine was around timing.
     """
 
     precisions: dict[str, Precision]
@@ -78,6 +78,7 @@ class MixRecord(Noun):
     memory_bytes: int | None = None
     settings: str = ""
     role: str = CANDIDATE_ROLE
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True)

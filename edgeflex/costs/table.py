@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeflex.costs.latency import LatencyModel
+    from edgeflex.schema import Conditions
 
 _FLOAT_BYTES = 4
 _DISK_ALIGNMENT_BYTES = 16
@@ -222,6 +223,7 @@ class TableParts:
     backend: str
     device_digest: str
     calibration_digest: str
+    conditions: Conditions | None = None
 
 
 def _decision(parts: TableParts, layer: Layer) -> Decision:
@@ -281,4 +283,5 @@ def build_table(parts: TableParts) -> CostTable:
         device_digest=parts.device_digest,
         calibration_digest=parts.calibration_digest,
         backend=parts.backend,
+        conditions=parts.conditions,
     )

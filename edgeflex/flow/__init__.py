@@ -28,7 +28,7 @@ from edgeflex.flow.decoders import (
 )
 from edgeflex.flow.device_plans import plan_decoder_on_gpu
 from edgeflex.flow.measure import BACKEND, calibrate, doctor, fit_exits, inspect, profile, versions
-from edgeflex.flow.ship import bench, build, export, report, run, verify
+from edgeflex.flow.ship import bench, build, export, pace, report, run, verify
 from edgeflex.flow.traces import simulate_device, simulate_trace
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "is_decoder_calibration",
     "is_decoder_document",
     "open_calibration",
+    "pace",
     "plan",
     "plan_decoder",
     "plan_decoder_on_gpu",

@@ -235,6 +235,7 @@ def _plan_document(
         table_digest=table.digest(),
         device_digest=table.device_digest,
         calibration_digest=table.calibration_digest,
+        conditions=table.conditions,
     )
 
 

@@ -218,7 +218,8 @@ def profile_decoder(
         DeviceError: The disk is full or fails, or a kernel does.
     """
     from edgeflex.costs.decoder_files import read_routing
-    from edgeflex.profiles import machine
+    from edgeflex.pace import middle
+    from edgeflex.profiles import conditions, machine
     from edgeflex.profiles.probe import memory_read
     from edgeflex.runtimes.decoder_rates import measure_rates
 
@@ -230,6 +231,7 @@ def profile_decoder(
     _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT))
     graph = parse_calibrated(DecoderCalibration, folder, _CALIBRATION).graph
     tokenizer = folder / _TOKENIZER
+    before = conditions()
     rates = measure_rates(
         graph,
         folder,
@@ -241,6 +243,7 @@ def profile_decoder(
         memory_bytes_per_s=memory_read(threads=max(threads)).value,
         progress=progress,
     )
+    rates = rates.model_copy(update={"conditions": middle((before, conditions()))})
     write_atomic(folder / _RATES, rates.canonical_json())
     return rates
 

@@ -260,6 +260,8 @@ def _yardstick() -> Callable[[], object]:
 def _evaluator(model: DynamicModel, images: ImageFolder, threads: int, target: str) -> Evaluate:
     """Return a function that exports a prepared model and runs it for real on images of the folder."""
     from edgeflex.costs.calibration import Evaluation
+    from edgeflex.pace import middle
+    from edgeflex.profiles.machine import conditions
     from edgeflex.registry import EXPORTERS, get
     from edgeflex.runtimes.recorder import memory_now
     from edgeflex.runtimes.segments import all_exits, segment_seconds
@@ -287,8 +289,10 @@ def _evaluator(model: DynamicModel, images: ImageFolder, threads: int, target: s
                 session.infer(sample[:1], never)
                 memory_bytes = memory_now().above(before)
                 outputs = all_exits(session, batches(indices))
+                state = conditions()
                 seconds, steady_s = segment_seconds(session, sample, yardstick=yardstick)
-        return Evaluation(outputs, seconds, steady_s, written.size_bytes, memory_bytes, settings)
+                speed = middle((state, conditions()))
+        return Evaluation(outputs, seconds, steady_s, written.size_bytes, memory_bytes, settings, speed)
 
     return evaluate
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from edgeflex.bundle import Bundle
     from edgeflex.costs.store import MixRecord
     from edgeflex.exporters import Exporter, Written
+    from edgeflex.pace import Pace
     from edgeflex.schema import SegmentProgram
+    from edgeflex.schema_moe import DecoderBench
     from edgeflex.schema_trt import EngineIndex
     from edgeflex.transforms import PreparedModel
 
@@ -316,6 +318,18 @@ def bench(
         conditions=conditions,
         progress=progress,
     )
+
+
+def pace(bundle_folder: StrPath, result: BenchResult | DecoderBench) -> Pace:
+    """Return how fast this machine was around a benchmark of a bundle, against when the bundle was calibrated."""
+    from edgeflex.bundle import open_bundle
+    from edgeflex.bundle_moe import open_decoder_bundle
+    from edgeflex.pace import pace as against
+
+    if isinstance(result, BenchResult):
+        return against(open_bundle(path_of(bundle_folder)).manifest.plan.conditions, (result.before, result.after))
+    then = open_decoder_bundle(path_of(bundle_folder)).manifest.plan.conditions
+    return against(then, [state for run in result.runs for state in (run.before, run.after)])
 
 
 def verify(

@@ -219,6 +219,7 @@ def _plan(graph: DecoderGraph, search: Search, found: Found, budget: DecoderBudg
         prefill_chunk_tokens=setting.chunk_tokens,
         predicted=search.predictor.predict(mix, setting),
         proof=proof,
+        conditions=search.space.rates.conditions,
     )
 
 

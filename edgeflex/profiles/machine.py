@@ -10,11 +10,16 @@ import os
 import platform
 import re
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from edgeflex.profiles.yardsticks import speed
 from edgeflex.schema import Conditions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # The kernel's own names: arch/x86/include/asm/cpufeatures.h and arch/arm64/kernel/cpuinfo.c.
 _X86_ISA = {
@@ -116,18 +121,24 @@ def processor_isa(isa: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in isa if not name.startswith("sm_"))
 
 
-def conditions(root: Path = Path("/")) -> Conditions:
-    """Return load, clock, temperature and energy counter as they are now.
+def conditions(root: Path = Path("/"), *, clock: Callable[[], float] = time.perf_counter) -> Conditions:
+    """Return load, clock, temperature, energy counter and speed as they are now.
 
     The clock is the mean over the processors, the temperature the hottest plausible zone. The energy is a
     counter in joules (RAPL packages, or ``energy*_input`` of hwmon): only a difference of two means something.
+    The speed is timed with ``clock`` (see ``yardsticks``), some tens of milliseconds of one core; a recorded tree has
+    none.
     """
-    return Conditions(
+    state = Conditions(
         load_average=_number(_first_word(_text(root / "proc/loadavg"))),
         clock_hz=_clock_hz(root),
         temperature_c=_temperature_c(root),
         energy_j=_energy_j(root),
     )
+    if root != Path("/"):
+        return state
+    arithmetic_s, memory_bytes_per_s = speed(clock)
+    return state.model_copy(update={"arithmetic_s": arithmetic_s, "memory_bytes_per_s": memory_bytes_per_s})
 
 
 def power_w(root: Path = Path("/")) -> float | None:

@@ -1,6 +1,6 @@
 """Measures this machine into a profile: memory, storage, kernels, and CUDA where present.
 
-Every measurement notes load, clock and temperature before and after, since a figure from a busy or
+Every measurement notes load, clock, temperature and speed before and after, since a figure from a busy or
 throttled machine is a figure about that state.
 """
 

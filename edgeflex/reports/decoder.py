@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeflex.errors import InputError
 from edgeflex.files import write_atomic
+from edgeflex.pace import pace, pace_sentences
 from edgeflex.reports import decoder_device, decoder_placement, decoder_sections, summary
 from edgeflex.reports.html import render
 from edgeflex.reports.sections import check_row
@@ -120,6 +121,7 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
         finding={"state": state, "word": word, "sentence": finding},
         verdicts=[check_row(check, budget=True) for check in report.verdicts],
         others=[check_row(check, budget=False) for check in further(report)],
+        speed=_speed(report),
         memory=decoder_sections.memory_bars(plan, max(runs, key=held_bytes, default=None)),
         held=decoder_sections.memory_section(plan, runs),
         placement=decoder_placement.placement_section(plan),
@@ -132,6 +134,12 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
         quality=decoder_sections.quality_rows(manifest),
         commands=decoder_sections.commands(manifest),
     )
+
+
+def _speed(report: DecoderReportDocument) -> tuple[str, ...]:
+    """Return what the machine's speed explains of the measured promises about time."""
+    states = [state for run in report.runs for state in (run.before, run.after)]
+    return pace_sentences(pace(report.manifest.plan.conditions, states), (*report.verdicts, *report.checks))
 
 
 def save_decoder_report(report: DecoderReportDocument, path: Path) -> None:

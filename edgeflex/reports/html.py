@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflex.errors import InputError
+from edgeflex.pace import pace, pace_sentences
 from edgeflex.reports import sections, summary
 from edgeflex.reports.summary import format_seconds, format_value
 from edgeflex.reports.svg import clean
@@ -41,6 +42,7 @@ def to_html(report: Report, *, table: CostTable | None = None) -> str:
         sentence=summary.outcome(report)[1],
         verdicts=[sections.check_row(check, budget=True) for check in report.verdicts],
         others=[sections.check_row(check, budget=False) for check in summary.other_checks(report)],
+        speed=_speed(report),
         pareto=sections.pareto_section(report),
         exits=sections.exit_rows(report),
         galleries=sections.galleries(report),
@@ -50,6 +52,15 @@ def to_html(report: Report, *, table: CostTable | None = None) -> str:
         latency=sections.latency_section(report),
         commands=sections.commands(report.manifest),
     )
+
+
+def _speed(report: Report) -> tuple[str, ...]:
+    """Return what the machine's speed explains of the benchmark's promises about time."""
+    bench = report.bench
+    if bench is None:
+        return ()
+    found = pace(report.manifest.plan.conditions, (bench.before, bench.after))
+    return pace_sentences(found, (*report.verdicts, *bench.checks))
 
 
 def render(template: str, **values: object) -> str:

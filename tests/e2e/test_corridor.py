@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edgeflex import flow
+from edgeflex import flow, terminal
 from edgeflex.bundle import open_bundle
 from edgeflex.errors import BundleError, CheckFailedError, InfeasibleError, InputError
 from edgeflex.flow.decide import _with_safety
+from edgeflex.pace import pace
 from edgeflex.plans import check_plan, choose
 from edgeflex.schema import (
     BenchResult,
@@ -167,6 +168,40 @@ def test_the_bench_measured_what_the_plan_foretold(corridor: Corridor):
     # other work on the machine may double a time; a promise in another unit is off by a thousand
     assert 0.2 < bench.latency_s["mean"] / corridor.plan.predicted.latency_s["mean"] < 10
     assert 0.5 < bench.peak_memory_bytes / corridor.plan.predicted.memory_bytes[Tier.HOST] < 2
+
+
+def test_the_plan_knows_how_fast_the_machine_was_and_a_slower_one_is_told(corridor: Corridor, tmp_path: Path):
+    then = corridor.plan.conditions
+    assert then is not None
+    assert then.arithmetic_s is not None
+    assert then.memory_bytes_per_s is not None
+    bundle = tmp_path / "bundle"
+    shutil.copytree(corridor.bundle, bundle)
+    path = bundle / "manifest.json"
+    before, after = corridor.bench.before, corridor.bench.after
+    assert before.arithmetic_s is not None
+    for times in (2.0, 0.5):
+        # as if the machine had been so many times as quick as around this benchmark
+        quick = {"arithmetic_s": before.arithmetic_s / times, "memory_bytes_per_s": None}
+        document = json.loads(path.read_text())
+        document["plan"]["conditions"] = quick
+        path.write_text(json.dumps(document))
+        found = flow.pace(bundle, corridor.bench.model_copy(update={"after": before}))
+        assert found.known == pytest.approx((times,))
+        word = "slower" if times > 1 else "quicker"
+        assert f"This machine is {word} now than at calibration" in terminal.pace_text(found, corridor.bench.checks)
+    known = flow.pace(corridor.bundle, corridor.bench)
+    assert known == pace(then, (before, after))
+    assert len(known.known) == 2
+
+
+def test_a_plan_for_another_device_knows_nothing_of_this_machines_speed(corridor: Corridor):
+    _, _, own, _, _ = flow.open_calibration(corridor.calibration)
+    assert flow.plan(corridor.calibration, Budget(), device=own).conditions == corridor.plan.conditions
+    other = own.model_copy(update={"name": "another-board"})
+    planned = flow.plan(corridor.calibration, Budget(), device=other)
+    assert planned.conditions is None
+    assert "conditions" not in json.loads(planned.canonical_json())
 
 
 def test_the_report_is_one_page_that_loads_nothing(corridor: Corridor):

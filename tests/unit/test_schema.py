@@ -17,8 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from edgeflex import schema
 from edgeflex.errors import InputError
-from edgeflex.schema import Budget, Document, LayerKind, LayerShape, Precision
+from edgeflex.schema import Budget, Conditions, Document, LayerKind, LayerShape, Precision
 from tests.builders import random_table
+from tests.plan_samples import rates_of
+from tests.tiny_decoder import tiny_graph, tiny_plan
+from tests.toy_bundle import toy_plan
 
 DOCUMENTS = sorted(
     (kind for kind in vars(schema).values() if inspect.isclass(kind) and issubclass(kind, Document)),
@@ -186,3 +189,38 @@ def test_a_file_of_another_kind_is_told_in_a_few_lines():
     assert lines[0].startswith("bench.json is not a valid Plan")
     assert len(lines) < 10
     assert "more: it seems to be a file of another kind" in lines[-1]
+
+
+def test_conditions_without_speed_are_written_as_they_always_were():
+    assert Conditions(load_average=0.5).canonical_json() == (
+        '{"clock_hz":null,"energy_j":null,"load_average":0.5,"temperature_c":null}'
+    )
+    fast = Conditions(arithmetic_s=1e-3, memory_bytes_per_s=1e10)
+    assert fast.canonical_json() == (
+        '{"arithmetic_s":0.001,"clock_hz":null,"energy_j":null,"load_average":null,"memory_bytes_per_s":10000000000.0,'
+        '"temperature_c":null}'
+    )
+    assert Conditions.model_validate_json(fast.canonical_json()) == fast
+
+
+@pytest.mark.parametrize("field", ["arithmetic_s", "memory_bytes_per_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_speed_of_nothing_is_refused(field: str, value: float):
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Conditions.model_validate({field: value})
+
+
+@pytest.mark.parametrize(
+    "document",
+    [random_table(3), toy_plan(), tiny_plan(tiny_graph()), rates_of(tiny_graph(), lambda *_: 1e-6)],
+    ids=lambda one: type(one).__name__,
+)
+def test_documents_without_conditions_keep_their_digests_and_with_them_survive_their_json(document: Document):
+    before = json.loads(document.canonical_json())
+    assert "conditions" not in before
+    assert type(document).parse(json.dumps(before), "the file") == document
+    told = document.model_copy(update={"conditions": Conditions(arithmetic_s=1e-3, load_average=2.0)})
+    again = type(document).parse(told.canonical_json(), "the file")
+    assert again == told
+    assert again.digest() != document.digest()
+    assert {**json.loads(told.canonical_json()), "conditions": None}.keys() - before.keys() == {"conditions"}

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeflex import terminal
+from edgeflex.pace import Pace
 from edgeflex.plans import solve
 from edgeflex.profiles import load, names
-from edgeflex.schema import Budget, Curve, CurvePoint, Figure, Interval, LatencyLimit, Overlap, Tier
+from edgeflex.schema import Budget, Check, Curve, CurvePoint, Figure, Interval, LatencyLimit, Overlap, Tier
 from tests.builders import decision, option, random_budget, table
 from tests.toy_bundle import toy_plan
 
@@ -193,3 +194,17 @@ def test_standard_error_is_given_back_after_a_failure():
         os.write(2, b"after\n")
         assert os.read(heard, 100) == b"after\n"
     assert logging.getLogger("edgeflex").handlers == []
+
+
+def test_a_slower_machine_is_told_in_whole_words_at_any_width(width):
+    late = Check(name="mean latency", unit="s", limit=None, promised=1.0, measured=2.0, ok=False)
+    said = []
+    for columns in (WIDE, NARROW):
+        width(columns)
+        text = terminal.pace_text(Pace(1.31, 1.44), [late])
+        assert max(map(len, text.splitlines())) <= columns
+        said.append(" ".join(text.split()))
+    assert said[0] == said[1]
+    assert said[0].startswith("This machine is slower now than at calibration: arithmetic takes 1.31 times as long,")
+    assert said[0].endswith("or calibrate again at this speed.")
+    assert terminal.pace_text(Pace(1.0, 1.0), []) == ""

@@ -14,7 +14,7 @@ from edgeflex.costs.table import disk_bytes, layer_options, stored_bytes
 from edgeflex.errors import InputError
 from edgeflex.plans import footprint, solve
 from edgeflex.plans.choose import shipping_table
-from edgeflex.schema import Budget, Choice, Layer, Precision, Tier
+from edgeflex.schema import Budget, Choice, Conditions, Layer, Precision, Tier
 from tests.small_graphs import (
     CAPABILITIES,
     CHANNEL,
@@ -52,7 +52,12 @@ def truth() -> LatencyModel:
 
 
 def measure(
-    folder: Calibration, mix: dict[str, Precision], overhead_bytes: int = 3000, role: str = "seed", speed: float = 1.0
+    folder: Calibration,
+    mix: dict[str, Precision],
+    overhead_bytes: int = 3000,
+    role: str = "seed",
+    speed: float = 1.0,
+    conditions: Conditions | None = None,
 ) -> None:
     """Write what running ``mix`` would have shown: accuracy falls with rough layers, bytes add up."""
     full = {layer.name: mix.get(layer.name, FP32) for layer in GRAPH.layers}
@@ -65,6 +70,7 @@ def measure(
         program_bytes=entries + overhead_bytes,
         memory_bytes=round(1.1 * stored) + 40_000,
         role=role,
+        conditions=conditions,
     )
     _, base = probabilities(2 * COUNT, 0)
     found = changed(base, 1, amount) if amount else base
@@ -223,3 +229,21 @@ def test_the_table_that_asks_for_mixes_does_not_depend_on_those_it_asked_for(tmp
         measure(opened, random_mix(GRAPH, OPTIONS, seed), role="candidate", speed=1.5)
     assert asking() == before
     assert asking(seeds_only=False) != before
+
+
+def test_a_table_carries_the_median_speed_of_the_machine_that_ran_its_mixes_and_of_no_other(tmp_path: Path):
+    opened = calibrated(tmp_path, [])
+    for mix, arithmetic_s, rate in zip(standard_mixes(), [4e-4] * 6 + [1e-3] * 7, [9e9] * 8 + [5e9] * 5, strict=True):
+        measure(opened, mix, conditions=Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=rate))
+    here, _ = assemble(opened, GRAPH, DEVICE, CAPABILITIES, threads=1, here=True)
+    assert here.conditions == Conditions(arithmetic_s=1e-3, memory_bytes_per_s=9e9)
+    elsewhere, _ = assemble(opened, GRAPH, DEVICE, CAPABILITIES, threads=1, here=False)
+    assert elsewhere.conditions is None
+
+
+def test_a_table_some_of_whose_mixes_ran_at_unknown_speed_says_nothing_of_it(tmp_path: Path):
+    opened = calibrated(tmp_path, standard_mixes()[:-1])
+    measure(opened, standard_mixes()[-1], conditions=Conditions(arithmetic_s=1e-3, memory_bytes_per_s=9e9))
+    table, _ = assemble(opened, GRAPH, DEVICE, CAPABILITIES, threads=1, here=True)
+    assert table.conditions is None
+    assert "conditions" not in table.canonical_json()

@@ -22,7 +22,7 @@ from edgeflex.runtimes import synthetic
 from edgeflex.runtimes.division import cpu_in_slices
 from edgeflex.runtimes.strategies import Strategy
 from edgeflex.runtimes.virtual import first_judged_step, popular, run_virtual
-from edgeflex.schema import ComputeRate, DeviceProfile, Link, StorageRead, Tier, TierSpec
+from edgeflex.schema import ComputeRate, Conditions, DeviceProfile, Link, StorageRead, Tier, TierSpec
 from edgeflex.schema_moe import DecoderBudget
 from tests import plan_samples
 from tests.plan_samples import INT4, INT8, calibration_of, expert_shapes, figure, packed_bytes
@@ -361,3 +361,11 @@ def test_texts_are_kept_whole_as_far_as_they_fit():
     assert set(kept.turn.tolist()) == {0}
     assert len(kept.step) == len(trace.step)
     assert RESIDENT.placement == "resident"
+
+
+def test_a_plan_for_a_gpu_carries_no_speed_of_the_computer_that_calibrated():
+    device = device_of(most_uses=4000)
+    device.rates = device.rates.model_copy(update={"conditions": Conditions(arithmetic_s=1e-3)})
+    plan = plan_of(device, vram_bytes=1 << 33)
+    assert plan.conditions is None
+    assert plan.canonical_json().count("arithmetic_s") == 0

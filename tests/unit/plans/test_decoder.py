@@ -15,6 +15,7 @@ from edgeflex.errors import CheckFailedError, EdgeflexError, InfeasibleError, In
 from edgeflex.plans.decoder import DeclinedError, plan_decoder
 from edgeflex.plans.decoder_audit import Ground, check_decoder_plan
 from edgeflex.plans.decoder_search import ladder_floor
+from edgeflex.schema import Conditions
 from edgeflex.schema_moe import DecoderBudget, MissPoint, TokenRatio
 from tests import plan_samples
 from tests.plan_samples import FP32, INT4, INT8, calibration_of, graph_of
@@ -268,6 +269,16 @@ def test_without_a_memory_limit_everything_fits_and_the_plan_is_proven():
     assert plan.proof.status == "optimal"
     assert plan.predicted.bytes_per_token == 0
     assert {choice.option for choice in plan.choices if choice.subject != "embedding"} == {"int4-group32"}
+
+
+def test_a_plan_carries_the_speed_that_the_machine_had_when_it_was_measured():
+    graph = graph_of(layers=2, experts=4, top_k=2)
+    speed = Conditions(arithmetic_s=1e-3, memory_bytes_per_s=9e9)
+    rates = rates_of(graph).model_copy(update={"conditions": speed})
+    cache = StaticCache(uses_of(graph))
+    plan = plan_decoder(calibration_of(graph), rates, budget_of(), cache, packed_bytes=packed_bytes)
+    assert plan.conditions == speed
+    assert plan_of(graph, budget_of()).conditions is None
 
 
 def test_a_cached_plan_is_never_called_optimal():

@@ -40,7 +40,7 @@ from edgeflex.reports.decoder_sections import (
     time_section,
     use_section,
 )
-from edgeflex.schema import Check, Choice, DeviceProfile
+from edgeflex.schema import Check, Choice, Conditions, DeviceProfile
 from edgeflex.schema_gpu import GpuMemory, GpuPlacement, PlacementTrial
 from edgeflex.schema_moe import DecoderBudget, DecoderVerify
 from tests.decoder_samples import (
@@ -219,6 +219,24 @@ def test_the_page_is_whole_and_carries_nothing_that_runs_or_is_fetched(full):
 )
 def test_the_page_shows(full, words):
     assert words in Page(to_decoder_html(full)).text
+
+
+def test_the_speed_of_the_machine_stands_beside_the_promises(manifest):
+    then = Conditions(arithmetic_s=1e-3, memory_bytes_per_s=9e9)
+    slow = Conditions(arithmetic_s=2e-3, memory_bytes_per_s=6e9)
+    known = manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"conditions": then})})
+    bench = sample_bench(known)
+    runs = tuple(run.model_copy(update={"before": slow, "after": slow}) for run in bench.runs)
+    bench = bench.model_copy(update={"runs": runs})
+    figures = "arithmetic takes 2.00 times as long, reading memory 1.50 times."
+    text = Page(to_decoder_html(build_decoder_report(known, bench, None))).text
+    assert f"This machine is slower now than at calibration: {figures}" in text
+    assert "calibrate again at this speed" not in text, "all times were kept"
+    late = tuple(check.model_copy(update={"ok": check.unit != "s"}) for check in bench.checks)
+    broken = build_decoder_report(known, bench.model_copy(update={"checks": late}), None)
+    assert "calibrate again at this speed" in Page(to_decoder_html(broken)).text
+    unknown = build_decoder_report(manifest, sample_bench(manifest), None)
+    assert "at calibration" not in Page(to_decoder_html(unknown)).text
 
 
 def test_equal_values_give_equal_bytes(full, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from edgeflex.errors import InputError
 from edgeflex.reports import build_report, to_html
-from edgeflex.schema import Curve, CurvePoint, Precision, Report
+from edgeflex.schema import Check, Conditions, Curve, CurvePoint, Precision, Report
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report_small.html"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00"
@@ -281,3 +281,32 @@ def test_the_room_loads_neither_jinja_nor_matplotlib_nor_torch():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("slower", "said"),
+    [
+        (2.0, "This machine is slower now than at calibration: arithmetic takes 2.00 times as long."),
+        (0.5, "This machine is quicker now than at calibration: arithmetic takes 0.50 times as long."),
+        (1.0, "This machine runs at the speed of calibration: arithmetic takes 1.00 times as long."),
+    ],
+)
+def test_the_speed_of_the_machine_stands_beside_a_time_that_was_not_kept(make_small, slower, said):
+    manifest = make_small.manifest(conditions=Conditions(arithmetic_s=1e-3))
+    late = Check(name="p95 latency", unit="s", limit=None, promised=1e-3, measured=2e-3, ok=False)
+    now = Conditions(arithmetic_s=slower * 1e-3)
+    bench = make_small.bench(manifest).model_copy(update={"before": now, "after": now, "checks": (late,)})
+    text = Page(to_html(build_report(manifest, bench, None, None))).text
+    assert said in text
+    assert text.index("Promise against measurement") < text.index(said) < text.index("Pareto curve")
+    assert ("calibrate again at this speed" in text) is (slower > 1.1)
+    kept = bench.model_copy(update={"checks": ()})
+    shown = Page(to_html(build_report(manifest, kept, None, None))).text
+    assert ("at calibration" in shown) is (slower != 1.0)
+
+
+def test_without_a_known_speed_the_page_says_nothing_of_it(make_small):
+    manifest = make_small.manifest()
+    now = Conditions(arithmetic_s=1.0, memory_bytes_per_s=1.0)
+    bench = make_small.bench(manifest).model_copy(update={"before": now, "after": now})
+    assert "calibration:" not in to_html(build_report(manifest, bench, None, None))
