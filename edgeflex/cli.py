@@ -418,10 +418,10 @@ def calibrate(
 
 
 def _decoder_text(name: str) -> Callable[[Any], str]:
-    """Return a function of ``terminal_moe``, which is only read where a decoder is."""
-    from edgeflex import terminal_moe
+    """Return a function of ``terminal_moe`` or ``terminal_costs``, which are only read where a decoder is."""
+    from edgeflex import terminal_costs, terminal_moe
 
-    shown: Callable[[Any], str] = getattr(terminal_moe, name)
+    shown: Callable[[Any], str] = getattr(terminal_costs, name, None) or getattr(terminal_moe, name)
     return shown
 
 

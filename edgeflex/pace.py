@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 STEADY = (0.9, 1.1)  # within these, in times as long, the yardsticks vary by themselves
 _REMEDY = (
     "The promised times hold at the speed of calibration. Stop other programs, fix the clock (on a Jetson with "
-    "nvpmodel and jetson_clocks), or calibrate again at this speed."
+    "nvpmodel and jetson_clocks), or"
 )
+_AGAIN = "calibrate again at this speed, with --overwrite."
+_DECODER_AGAIN = "measure it at this speed with `edgeflex profile --decoder CALIBRATION` and plan again."
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Pace:
     Attributes:
         arithmetic: Of arithmetic in cache.
         memory: Of reading the same bytes from memory.
+        decoder: Whether a decoder's times were measured then, which can be done again by itself.
     """
 
     arithmetic: float | None = None
     memory: float | None = None
+    decoder: bool = False
 
     @property
     def known(self) -> tuple[float, ...]:
@@ -65,22 +69,23 @@ def middle(states: Iterable[Conditions]) -> Conditions | None:
     return Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=None if byte_s is None else 1.0 / byte_s)
 
 
-def pace(then: Conditions | None, now: Iterable[Conditions]) -> Pace:
+def pace(then: Conditions | None, now: Iterable[Conditions], *, decoder: bool = False) -> Pace:
     """Return how many times as long the same work takes now.
 
     Args:
         then: The machine's conditions when it was calibrated, None where a plan carries none.
         now: Those before and after a measurement.
+        decoder: See ``Pace``.
     """
     here = middle(now)
     if then is None or here is None:
-        return Pace()
+        return Pace(decoder=decoder)
     arithmetic = memory = None
     if then.arithmetic_s is not None and here.arithmetic_s is not None:
         arithmetic = here.arithmetic_s / then.arithmetic_s
     if then.memory_bytes_per_s is not None and here.memory_bytes_per_s is not None:
         memory = then.memory_bytes_per_s / here.memory_bytes_per_s
-    return Pace(arithmetic, memory)
+    return Pace(arithmetic, memory, decoder)
 
 
 def pace_sentences(found: Pace, checks: Iterable[Check]) -> tuple[str, ...]:
@@ -101,7 +106,8 @@ def pace_sentences(found: Pace, checks: Iterable[Check]) -> tuple[str, ...]:
     else:
         speed = "runs at the speed of calibration"
     told = f"This machine {speed}: {_times(found)}."
-    return (told, _REMEDY) if late and found.slower else (told,)
+    remedy = f"{_REMEDY} {_DECODER_AGAIN if found.decoder else _AGAIN}"
+    return (told, remedy) if late and found.slower else (told,)
 
 
 def _times(found: Pace) -> str:

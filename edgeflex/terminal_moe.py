@@ -9,29 +9,24 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from edgeflex.schema import Precision
 from edgeflex.schema_moe import DECODER_PRECISIONS
 from edgeflex.terminal import ABSENT, prose, table_text
+from edgeflex.terminal_costs import blocks, is_expert
 from edgeflex.units import format_bytes, format_count, format_fine_time, format_share, format_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from edgeflex.reports.decoder import DecoderReportDocument
     from edgeflex.schema import Proof
     from edgeflex.schema_gpu import DeviceRecord, GpuPlacement
     from edgeflex.schema_moe import (
         DecoderCacheStats,
-        DecoderCalibration,
-        DecoderGraph,
         DecoderManifest,
         DecoderPlan,
-        DecoderRates,
         DecoderRunStats,
-        DecoderSizes,
         DeviceSimulation,
         Simulation,
-        UnitLoss,
     )
 
 _PARTS = ("dense weights", "expert cache", "keys and values", "activations", "runtime")
@@ -42,8 +37,6 @@ _FINDINGS = {
     "gpu fits": "FITS: every expert stays in the GPU's memory",
     "gpu": "OFFLOAD: the GPU's memory holds a part of the experts",
 }
-_T = "T: bytes of the experts that one token uses. A cache smaller than T reads every expert anew."
-_MOST_LOSSES = 8
 
 _PROGRAMS = {
     "executorch": "programs for a stock ExecuTorch",
@@ -52,188 +45,8 @@ _PROGRAMS = {
 }
 
 
-def _blocks(*blocks: str) -> str:
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
 def _rate(token_s: float) -> str:
     return f"{1 / token_s:.1f} tokens/s" if token_s > 0 else ABSENT
-
-
-# --- graph and sizes ---------------------------------------------------------------------------------
-
-
-def decoder_graph_text(graph: DecoderGraph) -> str:
-    """Return what a decoder is made of, and the bytes that it and one token's experts take in each precision."""
-    expert_layers = [layer for layer in graph.layers if layer.routing is not None]
-    counts = sorted({(one.routing.experts, one.routing.top_k) for one in expert_layers if one.routing is not None})
-    routing = " or ".join(f"{experts} experts, {top_k} a token" for experts, top_k in counts) or "no experts"
-    total, active = _parameters(graph)
-    one = graph.attention
-    kind = "latent" if one.kind == "latent" else f"{one.heads} heads over {one.kv_heads} of keys and values"
-    rows = [
-        ("family", graph.family),
-        ("layers", f"{len(graph.layers)}, {len(expert_layers)} of them with experts"),
-        ("routing", routing),
-        ("attention", kind),
-        ("hidden", f"{graph.hidden_dim:,}"),
-        ("vocabulary", f"{graph.vocabulary:,}"),
-        ("parameters", f"{_millions(total)}, {_millions(active)} of them active for a token"),
-        ("context", f"{graph.context_tokens:,} tokens"),
-    ]
-    bytes_rows = [(one.value, *_sizes_of(graph, one)) for one in DECODER_PRECISIONS]
-    return _blocks(
-        table_text(graph.name, ("figure", "value"), rows),
-        table_text("Bytes with everything in one precision", ("precision", "dense part", "experts", "T"), bytes_rows),
-        prose(_T),
-    )
-
-
-def _weights(graph: DecoderGraph) -> Iterator[tuple[int, int, bool, float]]:
-    """Yield (rows, columns, whether an expert's, uses a token) of every stored matrix."""
-    share = {one.index: one.routing.top_k / one.routing.experts for one in graph.layers if one.routing is not None}
-    for name, (rows, columns) in graph.matrix_shapes().items():
-        if name == "head" and graph.tied_embedding:
-            continue
-        parts = name.split(".")
-        expert = len(parts) > 2 and parts[2] == "experts"
-        yield rows, columns, expert, share[int(parts[1])] if expert else 1.0
-
-
-def _parameters(graph: DecoderGraph) -> tuple[int, float]:
-    small = sum(math.prod(shape) for shape in graph.small_shapes().values())
-    weights = list(_weights(graph))
-    total = small + sum(rows * columns for rows, columns, _, _ in weights)
-    return total, small + sum(rows * columns * uses for rows, columns, _, uses in weights)
-
-
-def _sizes_of(graph: DecoderGraph, precision: Precision) -> tuple[str, str, str]:
-    """Return dense bytes, experts' bytes and T in one precision, as text."""
-    weights = list(_weights(graph))
-    if precision is Precision.INT4_GROUP32 and any(columns % 32 for _, columns, _, _ in weights):
-        return ABSENT, ABSENT, "no: columns"
-    small = 4 * sum(math.prod(shape) for shape in graph.small_shapes().values())
-    sizes = [(_stored_bytes(precision, rows, columns), expert, uses) for rows, columns, expert, uses in weights]
-    dense = small + sum(size for size, expert, _ in sizes if not expert)
-    experts = sum(size for size, expert, _ in sizes if expert)
-    cycle = sum(size * uses for size, expert, uses in sizes if expert)
-    return format_bytes(dense), format_bytes(experts), format_bytes(cycle)
-
-
-def _stored_bytes(precision: Precision, rows: int, columns: int) -> int:
-    from edgeflex.plans.decoder_costs import raw_bytes
-
-    return raw_bytes(precision, rows, columns)
-
-
-def decoder_sizes_text(sizes: DecoderSizes) -> str:
-    """Return what fits, told by a checkpoint's headers alone."""
-    limit = sizes.budget.memory_bytes
-    rows = [
-        (
-            one.precision.value,
-            format_bytes(one.experts_bytes),
-            format_bytes(one.dense_bytes + one.experts_bytes + sizes.fixed_bytes),
-            format_bytes(one.cycle_bytes),
-            one.verdict.upper(),
-        )
-        for one in sizes.uniform
-    ]
-    asked = "No memory budget was given." if limit is None else f"Memory budget: {format_bytes(limit)}."
-    return _blocks(
-        prose(
-            f"{sizes.graph.name} ({sizes.graph.family}), from its headers; nothing was measured.",
-            f"{asked} Whatever the precision, keys and values, buffers, norms and routers take "
-            f"{format_bytes(sizes.fixed_bytes)}. What the process itself holds comes on top; calibrate measures it.",
-        ),
-        table_text("Everything in one precision", ("precision", "experts", "together", "T", "verdict"), rows),
-        prose(_T),
-    )
-
-
-# --- calibration -------------------------------------------------------------------------------------
-
-
-def decoder_calibration_text(calibration: DecoderCalibration) -> str:
-    """Return what calibration found: loss, what each precision costs, and the units that cost most."""
-    head = prose(
-        f"{calibration.graph.name} on {calibration.tokens:,} tokens: fp32 loss {calibration.reference_loss:.3f} nats "
-        f"per token (perplexity {math.exp(calibration.reference_loss):.2f})."
-    )
-    rows = [_precision_row(calibration, precision) for precision in DECODER_PRECISIONS[1:]]
-    worst = sorted(calibration.losses, key=lambda one: -one.kl)[:_MOST_LOSSES]
-    return _blocks(
-        head,
-        table_text(
-            "Cost of each precision: KL from fp32, nats per token",
-            ("precision", "everything", "dense parts", "experts", "same choices"),
-            rows,
-        ),
-        table_text(
-            "Units that lose most",
-            ("unit", "precision", "KL", "tokens"),
-            [(one.unit, one.precision.value, f"{one.kl:.2e}", f"{one.tokens:,}") for one in worst],
-        )
-        if worst
-        else "",
-        _least_seen(calibration.losses),
-    )
-
-
-def rates_text(rates: DecoderRates) -> str:
-    """Return what a machine does with a decoder's shapes: reads, what is beside matrices, and matrices of one row."""
-    figures = [
-        ("experts read", f"{rates.read_bytes_per_s / 1e6:,.0f} MB/s"),
-        ("an event that reads, beside that", format_fine_time(rates.read_latency_s)),
-        ("memory read", f"{rates.memory_bytes_per_s / 1e9:.1f} GB/s"),
-        ("a decoded token, beside matrices", format_fine_time(rates.other_token_s)),
-        ("a prompt's token, beside matrices", format_fine_time(rates.other_prefill_token_s)),
-        ("the process without weights", format_bytes(rates.runtime_bytes)),
-    ]
-    if rates.first_read_bytes_per_s is not None:
-        figures.insert(1, ("for the first time, and checked", f"{rates.first_read_bytes_per_s / 1e6:,.0f} MB/s"))
-    matrices = [
-        (f"{one.rows:,} x {one.columns:,}", one.precision.value, str(one.threads), format_fine_time(one.seconds))
-        for one in rates.matrices
-        if one.rows_in == 1
-    ]
-    return _blocks(
-        table_text(f"A decoder on {rates.device}", ("figure", "value"), figures),
-        table_text(
-            "Matrices with weights from memory",
-            ("matrix", "precision", "threads", "one row"),
-            matrices,
-            words=("precision",),
-        ),
-    )
-
-
-def _precision_row(calibration: DecoderCalibration, precision: Precision) -> tuple[str, ...]:
-    whole = calibration.uniform_kl.get(precision)
-    same = calibration.router_agreement.get(precision)
-    sums = [
-        math.fsum(one.kl for one in calibration.losses if one.precision is precision and _is_expert(one.unit) is expert)
-        for expert in (False, True)
-    ]
-    return (
-        precision.value,
-        ABSENT if whole is None else f"{whole:.4f}",
-        *(f"{value:.4f}" for value in sums),
-        ABSENT if same is None else format_share(same, 1),
-    )
-
-
-def _is_expert(unit: str) -> bool:
-    return ".experts." in unit
-
-
-def _least_seen(losses: Iterable[UnitLoss]) -> str:
-    seen = [one.tokens for one in losses if _is_expert(one.unit)]
-    return prose(f"Every expert was judged by at least {format_count(min(seen), 'token')}.") if seen else ""
 
 
 # --- plan --------------------------------------------------------------------------------------------
@@ -243,7 +56,7 @@ def decoder_plan_text(plan: DecoderPlan) -> str:
     """Return a plan: verdict and reasons, budgets, memory, experts, time, precisions and proof."""
     if plan.gpu is not None:
         return _gpu_plan_text(plan, plan.gpu)
-    return _blocks(
+    return blocks(
         prose(_FINDINGS[plan.verdict], *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
         table_text("Memory", ("part", "bytes", "share"), _memory_rows(plan)),
@@ -329,7 +142,7 @@ def _gpu_plan_text(plan: DecoderPlan, gpu: GpuPlacement) -> str:
     process = [("embedding", *first[1:]), *others]
     host = "The process, in the same memory" if gpu.one_memory else "Memory of the process"
     tried = [(_placed(one.placement, one.policy), format_time(one.token_s), _rate(one.token_s)) for one in gpu.trials]
-    return _blocks(
+    return blocks(
         prose(finding, *(f"- {reason}" for reason in plan.reasons)),
         table_text("Budgets", ("budget", "limit", "promised", "margin"), list(_budget_rows(plan))),
         table_text(f"Memory of the GPU ({gpu.device})", ("part", "bytes", "share"), rows),
@@ -389,7 +202,7 @@ def _precision_table(plan: DecoderPlan) -> str:
 
 
 def _kind(unit: str) -> str:
-    if _is_expert(unit):
+    if is_expert(unit):
         return "experts"
     return "dense parts of layers" if unit.startswith("layers.") else unit
 
@@ -539,7 +352,7 @@ def decoder_report_text(report: DecoderReportDocument) -> str:
     rows = [row(check, budget=True) for check in report.verdicts]
     rows += [row(check, budget=False) for check in further(report)]
     columns = ("promise", "limit", "promised", "measured", "verdict")
-    return _blocks(prose(outcome(report)[1]), table_text("", columns, rows, words=("verdict",)))
+    return blocks(prose(outcome(report)[1]), table_text("", columns, rows, words=("verdict",)))
 
 
 def device_record_text(record: DeviceRecord) -> str:
@@ -557,7 +370,7 @@ def device_record_text(record: DeviceRecord) -> str:
         for name, one in record.errors.items()
     ]
     shares = [(RESOURCES[name], *(format_share(share, 1) for share in parts)) for name, *parts in waits(record)]
-    return _blocks(
+    return blocks(
         table_text(record.name, ("figure", "value"), list(facts(record)), words=("value",)),
         table_text("Predicted against measured", ("seconds of", "samples", "error", "its size", "90 % within"), errors)
         if errors

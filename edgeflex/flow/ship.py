@@ -329,7 +329,7 @@ def pace(bundle_folder: StrPath, result: BenchResult | DecoderBench) -> Pace:
     if isinstance(result, BenchResult):
         return against(open_bundle(path_of(bundle_folder)).manifest.plan.conditions, (result.before, result.after))
     then = open_decoder_bundle(path_of(bundle_folder)).manifest.plan.conditions
-    return against(then, [state for run in result.runs for state in (run.before, run.after)])
+    return against(then, [state for run in result.runs for state in (run.before, run.after)], decoder=True)
 
 
 def verify(

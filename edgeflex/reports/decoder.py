@@ -139,7 +139,8 @@ def to_decoder_html(report: DecoderReportDocument) -> str:
 def _speed(report: DecoderReportDocument) -> tuple[str, ...]:
     """Return what the machine's speed explains of the measured promises about time."""
     states = [state for run in report.runs for state in (run.before, run.after)]
-    return pace_sentences(pace(report.manifest.plan.conditions, states), (*report.verdicts, *report.checks))
+    found = pace(report.manifest.plan.conditions, states, decoder=True)
+    return pace_sentences(found, (*report.verdicts, *report.checks))
 
 
 def save_decoder_report(report: DecoderReportDocument, path: Path) -> None:

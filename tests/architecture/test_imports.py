@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     "edgeflex.schema",
     "edgeflex.schema_moe",
     "edgeflex.terminal",
+    "edgeflex.terminal_costs",
     "edgeflex.terminal_moe",
     "edgeflex.units",
 )

@@ -80,7 +80,7 @@ FIGURES = "arithmetic takes {} times as long, reading memory {} times."
 SLOWER = f"This machine is slower now than at calibration: {FIGURES.format('1.31', '1.44')}"
 REMEDY = (
     "The promised times hold at the speed of calibration. Stop other programs, fix the clock (on a Jetson with "
-    "nvpmodel and jetson_clocks), or calibrate again at this speed."
+    "nvpmodel and jetson_clocks), or calibrate again at this speed, with --overwrite."
 )
 
 
@@ -107,6 +107,11 @@ def test_what_is_said_fits_the_speed_and_whether_a_time_was_kept(found, late, sa
 )
 def test_nothing_is_said_where_there_is_nothing_to_explain_or_nothing_is_known(found, late):
     assert pace_sentences(found, [check(ok=not late)]) == ()
+
+
+def test_a_decoders_times_are_measured_again_by_themselves():
+    found = pace(THEN, [Conditions(arithmetic_s=2e-3)], decoder=True)
+    assert "`edgeflex profile --decoder CALIBRATION`" in pace_sentences(found, [check()])[1]
 
 
 @pytest.mark.parametrize("one", [check(unit="bytes"), check(unit="share"), check(measured=False), check(ok=True)])

@@ -206,5 +206,5 @@ def test_a_slower_machine_is_told_in_whole_words_at_any_width(width):
         said.append(" ".join(text.split()))
     assert said[0] == said[1]
     assert said[0].startswith("This machine is slower now than at calibration: arithmetic takes 1.31 times as long,")
-    assert said[0].endswith("or calibrate again at this speed.")
+    assert said[0].endswith("or calibrate again at this speed, with --overwrite.")
     assert terminal.pace_text(Pace(1.0, 1.0), []) == ""

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from edgeflex import terminal_moe
+from edgeflex import terminal_costs, terminal_moe
 from edgeflex.reports.decoder import build_decoder_report
 from edgeflex.schema import Precision
 from edgeflex.schema_moe import DecoderBudget, SimulatedCache, Simulation
@@ -28,10 +28,10 @@ from tests.tiny_decoder import tiny_graph
 MANIFEST = sample_manifest()
 
 TEXTS = {
-    "graph": lambda: terminal_moe.decoder_graph_text(sample_graph()),
-    "sizes": lambda: terminal_moe.decoder_sizes_text(sample_sizes()),
-    "calibration": lambda: terminal_moe.decoder_calibration_text(sample_calibration()),
-    "rates": lambda: terminal_moe.rates_text(rates_of(sample_graph(), lambda *_: 2e-6, first_read_bytes_per_s=6e8)),
+    "graph": lambda: terminal_costs.decoder_graph_text(sample_graph()),
+    "sizes": lambda: terminal_costs.decoder_sizes_text(sample_sizes()),
+    "calibration": lambda: terminal_costs.decoder_calibration_text(sample_calibration()),
+    "rates": lambda: terminal_costs.rates_text(rates_of(sample_graph(), lambda *_: 2e-6, first_read_bytes_per_s=6e8)),
     "plan": lambda: terminal_moe.decoder_plan_text(sample_plan()),
     "plan for a GPU": lambda: terminal_moe.decoder_plan_text(sample_gpu_plan()),
     "bundle": lambda: terminal_moe.decoder_bundle_text(MANIFEST),
@@ -91,7 +91,7 @@ def test_a_bundle_for_another_engine_says_whose_times_the_plan_has(backend: str,
 
 def test_a_graphs_parameters_are_the_sums_made_by_hand(width):
     width(100)
-    text = terminal_moe.decoder_graph_text(sample_graph())
+    text = terminal_costs.decoder_graph_text(sample_graph())
     hidden, inner, vocabulary = 2048, 1024, 50304
     expert = 3 * hidden * inner
     attention = 4 * hidden * hidden
@@ -106,7 +106,7 @@ def test_a_graphs_parameters_are_the_sums_made_by_hand(width):
 
 def test_a_dense_first_layer_is_counted_as_one(width):
     width(100)
-    text = terminal_moe.decoder_graph_text(tiny_graph())
+    text = terminal_costs.decoder_graph_text(tiny_graph())
     assert cells(text, "layers")[-1] == "4, 3 of them with experts"
     assert cells(text, "routing")[-1] == "8 experts, 2 a token"
 
@@ -114,16 +114,16 @@ def test_a_dense_first_layer_is_counted_as_one(width):
 def test_a_shape_that_int4_cannot_take_has_no_bytes(width):
     width(100)
     graph = tiny_graph().model_copy(update={"hidden_dim": 40})
-    assert cells(terminal_moe.decoder_graph_text(graph), "int4-group32")[1] == "–"
+    assert cells(terminal_costs.decoder_graph_text(graph), "int4-group32")[1] == "–"
 
 
 def test_sizes_name_the_verdict_of_each_precision(width):
     width(100)
-    text = terminal_moe.decoder_sizes_text(sample_sizes())
+    text = terminal_costs.decoder_sizes_text(sample_sizes())
     assert cells(text, "int4-group32")[-1] == "OFFLOAD"
     assert "Memory budget: 2.00 GiB" in text
     unlimited = sample_sizes().model_copy(update={"budget": DecoderBudget()})
-    assert "No memory budget was given" in terminal_moe.decoder_sizes_text(unlimited)
+    assert "No memory budget was given" in terminal_costs.decoder_sizes_text(unlimited)
 
 
 # --- calibration --------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_sizes_name_the_verdict_of_each_precision(width):
 def test_a_calibration_shows_what_each_precision_costs(width):
     width(100)
     calibration = sample_calibration()
-    text = terminal_moe.decoder_calibration_text(calibration)
+    text = terminal_costs.decoder_calibration_text(calibration)
     row = cells(text, "int4-group32")
     experts = sum(
         one.kl for one in calibration.losses if one.precision is Precision.INT4_GROUP32 and ".experts." in one.unit

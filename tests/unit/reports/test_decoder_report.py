@@ -231,10 +231,10 @@ def test_the_speed_of_the_machine_stands_beside_the_promises(manifest):
     figures = "arithmetic takes 2.00 times as long, reading memory 1.50 times."
     text = Page(to_decoder_html(build_decoder_report(known, bench, None))).text
     assert f"This machine is slower now than at calibration: {figures}" in text
-    assert "calibrate again at this speed" not in text, "all times were kept"
+    assert "profile --decoder CALIBRATION" not in text, "all times were kept"
     late = tuple(check.model_copy(update={"ok": check.unit != "s"}) for check in bench.checks)
     broken = build_decoder_report(known, bench.model_copy(update={"checks": late}), None)
-    assert "calibrate again at this speed" in Page(to_decoder_html(broken)).text
+    assert "profile --decoder CALIBRATION" in Page(to_decoder_html(broken)).text
     unknown = build_decoder_report(manifest, sample_bench(manifest), None)
     assert "at calibration" not in Page(to_decoder_html(unknown)).text
 
