@@ -132,6 +132,12 @@ def _result(value: Any, text: Callable[[Any], str], *, as_json: bool) -> None:
     _say(text(value))
 
 
+def _say_speed(text: str) -> None:
+    """Print what the machine's speed explains of the promises above, if anything."""
+    if text:
+        _say(f"\n{text}")
+
+
 def _note_threads(threads: int | None) -> None:
     """Say that more threads than processors take turns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -997,8 +1003,7 @@ def bench(
         _print_json(result)
     else:
         _say(terminal.checks_text(result.checks))
-        if speed := terminal.pace_text(flow.pace(bundle, result), result.checks):
-            _say(f"\n{speed}")
+        _say_speed(terminal.pace_text(flow.pace(bundle, result), result.checks))
         if decoder and result.device is not None:
             _say(f"\n{_decoder_text('device_record_text')(result.device)}")
         _say(f"\nWrote {output}")
@@ -1255,8 +1260,11 @@ def quickstart(
         return
     _say("Digits, a network with early exits\n")
     _say(terminal.report_text(made.report))
+    measured = () if made.report.bench is None else made.report.bench.checks
+    _say_speed(terminal.pace_text(made.speed, (*made.report.verdicts, *measured)))
     _say(f"\nThe report: {made.page}\n\nA tiny mixture-of-experts decoder, its experts read from disk\n")
     _say(terminal.checks_text(made.checks))
+    _say_speed(terminal.pace_text(made.decoder_speed, made.checks))
     _say(f"\nIt says: {made.text}\n\nThe report: {made.decoder_page}")
 
 

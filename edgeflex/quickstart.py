@@ -18,8 +18,9 @@ from edgeflex.schema_moe import DecoderBudget
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgeflex.pace import Pace
     from edgeflex.schema import Check, Report
-    from edgeflex.schema_moe import DecoderPlan
+    from edgeflex.schema_moe import DecoderBench, DecoderPlan
 
 _MODEL = "zoo:digits-cnn"
 _STAGES = 3
@@ -27,6 +28,7 @@ _MIXES = 4
 _LATENCY_SHARE = 0.6
 _MAX_DROP = 0.05
 _PROMPT = "Return the "
+_DECODER_BUNDLE = "decoder-bundle"
 _DECODER_TOKENS = 1024
 _CACHED_SHARE = 0.4  # of the experts' bytes that the budget leaves room for
 
@@ -67,17 +69,21 @@ class Walked:
 
     Attributes:
         report: Of the network of digits.
+        speed: This machine's around its benchmark, against when it was calibrated.
         page: Its page.
         plan: Of the decoder.
         checks: The decoder's promises, measured.
+        decoder_speed: Likewise.
         text: What it answered.
         decoder_page: Its page.
     """
 
     report: Report
+    speed: Pace
     page: Path
     plan: DecoderPlan
     checks: tuple[Check, ...]
+    decoder_speed: Pace
     text: str
     decoder_page: Path
 
@@ -94,12 +100,14 @@ def walk(folder: StrPath, *, progress: Progress | None = None) -> Walked:
     ours = (folder / "quickstart.txt").exists()
     with staged_folder(folder, overwrite=ours) as staging:
         write_atomic(staging / "quickstart.txt", "Written by `edgeflex quickstart`; replaced by the next.\n")
-        built = _walk_digits(staging, heard)
-        plan, checks, text = _walk_decoder(staging, heard)
-    return Walked(built, folder / "report.html", plan, checks, text, folder / "decoder.html")
+        built, speed = _walk_digits(staging, heard)
+        plan, benched, text = _walk_decoder(staging, heard)
+        decoder_speed = flow.pace(staging / _DECODER_BUNDLE, benched)
+    page, decoder_page = folder / "report.html", folder / "decoder.html"
+    return Walked(built, speed, page, plan, benched.checks, decoder_speed, text, decoder_page)
 
 
-def _walk_digits(staging: Path, progress: Progress) -> Report:
+def _walk_digits(staging: Path, progress: Progress) -> tuple[Report, Pace]:
     _train(staging, progress)
     digits, model, calibration, bundle = (staging / name for name in ("digits", "model", "calibration", "bundle"))
     device = flow.profile(staging / "device.json", quick=True, progress=progress)
@@ -120,14 +128,14 @@ def _walk_digits(staging: Path, progress: Progress) -> Report:
     verified = flow.verify(bundle, digits / "dev", model_folder=model, progress=progress)
     write_atomic(staging / "verify.json", verified.canonical_json())
     built: Report = flow.report(bundle, staging / "report.html", bench_result=benched, verify_result=verified)
-    return built
+    return built, flow.pace(bundle, benched)
 
 
-def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, tuple[Check, ...], str]:
+def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, DecoderBench, str]:
     from edgeflex.flow.conversation import Asked, Talk
     from edgeflex.models.tiny_decoder import library_text, write_tiny_decoder
 
-    source, calibration, bundle = (staging / name for name in ("decoder", "decoder-calibration", "decoder-bundle"))
+    source, calibration, bundle = (staging / name for name in ("decoder", "decoder-calibration", _DECODER_BUNDLE))
     write_tiny_decoder(source)
     texts = library_text("heldout")
     text, unseen = staging / "text.txt", staging / "unseen.txt"
@@ -142,7 +150,7 @@ def _walk_decoder(staging: Path, progress: Progress) -> tuple[DecoderPlan, tuple
     benched = flow.bench_decoder(bundle, unseen, repeats=3, progress=progress)
     write_atomic(staging / "decoder-bench.json", benched.canonical_json())
     flow.report_decoder(bundle, staging / "decoder.html", bench_file=staging / "decoder-bench.json")
-    return planned, benched.checks, _PROMPT + said
+    return planned, benched, _PROMPT + said
 
 
 def _decoder_budget(source: Path, calibration: Path) -> DecoderBudget:
