@@ -66,7 +66,7 @@ class Prices:
         replays = Replays(graph, routing, prompt_tokens)
         self._ground = {
             "misses": replays.misses,
-            "packed_bytes": packed_bytes(),
+            "packed_bytes": packed_bytes(self._rates),
             "uses": routing.uses(len(graph.layers), experts),
         }
         self._trace = read_trace(calibration / "trace.csv")

@@ -180,7 +180,10 @@ def profile(
         typer.Option("--output", "-o", metavar="FILE", help="Where the profile goes; device.json if absent."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A covering few kernels; about half a minute.")] = False,
-    threads: Annotated[str, typer.Option("--threads", metavar="COUNTS", help="Thread counts, for instance 1,4.")] = "1",
+    threads: Annotated[
+        str | None,
+        typer.Option("--threads", metavar="COUNTS", help="Thread counts, for instance 1,4; 1, or a calibration's own."),
+    ] = None,
     storage: Annotated[
         Path | None, typer.Option("--storage", metavar="FOLDER", help="Folder whose disk is measured.")
     ] = None,
@@ -194,7 +197,7 @@ def profile(
     """Measure this machine: memory, storage, and kernels through ExecuTorch itself; or its rates for a decoder."""
     from edgeflex import flow
 
-    counts = _thread_counts(threads)
+    counts = (1,) if threads is None else _thread_counts(threads)
     _note_threads(max(counts))
     if decoder is not None:
         given = {"--output": output, "--quick": quick or None, "--storage": storage}
@@ -204,7 +207,9 @@ def profile(
                 f"{' and '.join(unfit)} beside --decoder: rates go into the calibration, and its disk is measured. "
                 f"Leave {'it' if len(unfit) == 1 else 'them'} out."
             )
-        rates = flow.profile_decoder(decoder, threads=counts, progress=_progress(quiet=quiet))
+        rates = flow.profile_decoder(
+            decoder, threads=None if threads is None else counts, progress=_progress(quiet=quiet)
+        )
         _result(rates, _decoder_text("rates_text"), as_json=as_json)
         if not as_json:
             _say(f"\nWrote {decoder / 'rates.json'}. Next: edgeflex plan {decoder}\n{terminal.prose(_DECODER_BUDGETS)}")

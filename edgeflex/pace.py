@@ -21,7 +21,7 @@ _REMEDY = (
     "nvpmodel and jetson_clocks), or"
 )
 _AGAIN = "calibrate again at this speed, with --overwrite."
-_DECODER_AGAIN = "measure it at this speed with `edgeflex profile --decoder CALIBRATION` and plan again."
+_DECODER_AGAIN = "measure it at this speed with `edgeflex profile --decoder CALIBRATION` then plan and export again."
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,16 @@ def middle(states: Iterable[Conditions]) -> Conditions | None:
     arithmetic_s, byte_s = _mean(_arithmetic(kept)), _mean(_bytes(kept))
     if arithmetic_s is None and byte_s is None:
         return None
-    return Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=None if byte_s is None else 1.0 / byte_s)
+    machines = {one.machine for one in kept if one.arithmetic_s is not None or one.memory_bytes_per_s is not None}
+    return Conditions(
+        arithmetic_s=arithmetic_s,
+        memory_bytes_per_s=None if byte_s is None else 1.0 / byte_s,
+        machine=machines.pop() if len(machines) == 1 else None,
+    )
 
 
 def pace(then: Conditions | None, now: Iterable[Conditions], *, decoder: bool = False) -> Pace:
-    """Return how many times as long the same work takes now.
+    """Return how many times as long the same work takes now; nothing is known of another computer's speed.
 
     Args:
         then: The machine's conditions when it was calibrated, None where a plan carries none.
@@ -78,7 +83,7 @@ def pace(then: Conditions | None, now: Iterable[Conditions], *, decoder: bool = 
         decoder: See ``Pace``.
     """
     here = middle(now)
-    if then is None or here is None:
+    if then is None or here is None or then.machine != here.machine:
         return Pace(decoder=decoder)
     arithmetic = memory = None
     if then.arithmetic_s is not None and here.arithmetic_s is not None:

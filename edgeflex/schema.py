@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -42,9 +42,18 @@ class Noun(BaseModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
 
-def without_absent(written: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return what a noun writes, less fields that later versions added and that are None here."""
-    return {key: value for key, value in written.items() if value is not None or key not in names}
+class Grown(Noun):
+    """A noun to which later versions added the fields in ``LATER``: they are written where they are not None.
+
+    So the bytes and digests of what does not have them stay what they were.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if value is not None or key not in self.LATER}
 
 
 _FAULTS = {"missing": "is missing", "extra_forbidden": "is no field of it"}
@@ -139,12 +148,15 @@ class Precision(str, Enum):
 # --- device ------------------------------------------------------------------------------------------
 
 
-class Conditions(Noun):
+class Conditions(Grown):
     """The state of the machine around a measurement; None where it does not tell.
 
     ``arithmetic_s`` are the seconds of a fixed piece of vector arithmetic in cache, ``memory_bytes_per_s`` the rate at
-    which memory is read, both on one thread: how fast the machine was, which no load and no clock tells.
+    which memory is read, both on one thread: how fast the machine was, which no load and no clock tells. ``machine`` is
+    the processor that they are of.
     """
+
+    LATER = ("arithmetic_s", "memory_bytes_per_s", "machine")
 
     load_average: float | None = None
     clock_hz: float | None = None
@@ -152,11 +164,7 @@ class Conditions(Noun):
     energy_j: float | None = None
     arithmetic_s: float | None = Field(default=None, gt=0)
     memory_bytes_per_s: float | None = Field(default=None, gt=0)
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out speeds that nobody measured, so that the digests of documents without them stay what they were."""
-        return without_absent(write(self), "arithmetic_s", "memory_bytes_per_s")
+    machine: str | None = None
 
 
 class Figure(Noun):
@@ -267,8 +275,10 @@ class Overlap(Noun):
     cpu_beside_link: Figure | None = None
 
 
-class DeviceProfile(Document):
+class DeviceProfile(Grown, Document):
     """A device: what it holds, how fast it reads, and what kernels cost on it."""
+
+    LATER = ("overlap",)
 
     name: str
     title: str
@@ -288,11 +298,6 @@ class DeviceProfile(Document):
     conditions: Mapping[str, str | float] = {}
     notes: tuple[str, ...] = ()
     overlap: Overlap | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what was not measured, so that the digests of profiles without it stay what they were."""
-        return without_absent(write(self), "overlap")
 
 
 class Capabilities(Noun):
@@ -438,11 +443,13 @@ class Scenario(Noun):
     miss_rate: Mapping[str, float] = {}
 
 
-class CostTable(Document):
+class CostTable(Grown, Document):
     """Scenarios × decisions × options: all that the solver sees.
 
     ``conditions`` are those in which its times were measured; None where they come from elsewhere than a run here.
     """
+
+    LATER = ("conditions",)
 
     name: str
     scenarios: tuple[Scenario, ...] = Field(min_length=1)
@@ -458,11 +465,6 @@ class CostTable(Document):
     calibration_digest: str = ""
     backend: str = ""
     conditions: Conditions | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what was not measured, so that the digests of tables without it stay what they were."""
-        return without_absent(write(self), "conditions")
 
 
 # --- plan --------------------------------------------------------------------------------------------
@@ -597,13 +599,15 @@ class MemoryBreakdown(Noun):
         return self.weights_bytes + self.activation_bytes + self.overhead_bytes
 
 
-class Plan(Document):
+class Plan(Grown, Document):
     """The decision: thresholds, a precision per layer, what it will cost, and the proof.
 
     ``memory_of`` says what a GPU's plan means by memory, whatever the tier's name: ``gpu``, a memory of its own, or
     ``shared`` with the processor. None is the memory of the process, or a device that says neither. ``conditions`` are
     those in which the times that it rests on were measured; None where these come from elsewhere than this device.
     """
+
+    LATER = ("memory_of", "conditions")
 
     name: str
     backend: str
@@ -633,11 +637,6 @@ class Plan(Document):
     def memory_name(self) -> str:
         """What the memory of the plan is called: the processor's has no name of its own."""
         return {"gpu": "GPU memory", "shared": "memory shared by CPU and GPU"}.get(self.memory_of or "", "memory")
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what plans of before have not, so that their digests stay what they were."""
-        return without_absent(write(self), "memory_of", "conditions")
 
 
 class CurvePoint(Noun):
@@ -682,13 +681,15 @@ class SegmentProgram(Noun):
     exit: str
 
 
-class BundleManifest(Document):
+class BundleManifest(Grown, Document):
     """What is in the parcel, and what was promised about it.
 
     ``layer_losses`` is the accuracy that each layer's precision costs by the table's additive estimate.
     ``settings`` names how the runtime executes the program where it has a choice, and ``settings_difference`` is
     how far that moved any probability of ``settings_images`` images from the plain execution.
     """
+
+    LATER = ("settings_images",)
 
     backend: str
     versions: Mapping[str, str]
@@ -703,11 +704,6 @@ class BundleManifest(Document):
     settings: str = ""
     settings_difference: float | None = None
     settings_images: int | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what a bundle of one setting has not, so that its digest stays what it was."""
-        return without_absent(write(self), "settings_images")
 
 
 # --- run ---------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ Small tensors stay in fp32 and are named like matrices: ``layers.I.input_norm``,
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from edgeflex.schema import (
     Check,
@@ -28,11 +28,11 @@ from edgeflex.schema import (
     Conditions,
     Document,
     FileEntry,
+    Grown,
     Interval,
     Noun,
     Precision,
     Proof,
-    without_absent,
 )
 from edgeflex.schema_gpu import DeviceRecord, GpuPlacement, HeldBytes
 
@@ -195,11 +195,13 @@ class DecoderCalibration(Document):
     uniform_kl: Mapping[Precision, float] = {}
 
 
-class MatrixRate(Noun):
+class MatrixRate(Grown):
     """Measured seconds of one matrix shape in one precision with ``rows_in`` input rows and weights from memory.
 
     ``packed_bytes`` are what that machine's kernels hold of it; None in rates of older releases.
     """
+
+    LATER = ("packed_bytes",)
 
     rows: int
     columns: int
@@ -222,7 +224,7 @@ class TokenRatio(Noun):
     experts: float
 
 
-class DecoderRates(Document):
+class DecoderRates(Grown, Document):
     """What this machine does with this decoder's shapes; measured, never assumed.
 
     ``read_bytes_per_s`` is the store's rate with as many reads in flight as the runtime keeps, and
@@ -231,6 +233,8 @@ class DecoderRates(Document):
     ``matrices`` were timed by themselves; within a token those of one row take ``token_ratios`` times as long.
     ``conditions`` are the machine's around measuring; rates of before have none.
     """
+
+    LATER = ("conditions",)
 
     device: str
     matrices: tuple[MatrixRate, ...]
@@ -243,11 +247,6 @@ class DecoderRates(Document):
     token_ratios: tuple[TokenRatio, ...] = ()
     runtime_bytes: int
     conditions: Conditions | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what rates of before do not have, so that their digests stay what they were."""
-        return without_absent(write(self), "conditions")
 
 
 class MissPoint(Noun):
@@ -296,12 +295,14 @@ class Simulation(Document):
 # --- plan --------------------------------------------------------------------------------------------
 
 
-class DecoderBudget(Noun):
+class DecoderBudget(Grown):
     """What the user allows. ``max_kl`` in nats per token against fp32, ``max_perplexity_rise`` a fraction of fp32's.
 
     On text that the decoder predicts as well as its own samples, the expected rise of the logarithm of perplexity is
     the divergence; plans use that, and export measures both.
     """
+
+    LATER = ("vram_bytes",)
 
     memory_bytes: int | None = None
     token_s: float | None = None
@@ -313,11 +314,6 @@ class DecoderBudget(Noun):
     prompt_tokens: int = 256
     context_tokens: int = 1024
     vram_bytes: int | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what a plan without a GPU does not have, so that its bytes and digests stay what they were."""
-        return without_absent(write(self), "vram_bytes")
 
     @property
     def kl_limit(self) -> float | None:
@@ -375,12 +371,14 @@ class DecoderSizes(Document):
     uniform: tuple[UniformSize, ...]
 
 
-class DecoderPlan(Document):
+class DecoderPlan(Grown, Document):
     """Precisions, cache and promise. ``cycle_bytes`` is T: the bytes of the experts that one token uses.
 
     With ``gpu`` the decoder runs there: ``cache_bytes``, ``policy`` and ``predicted.memory`` are the processor's part.
     ``conditions`` are those in which its times were measured; with ``gpu`` there are none: they come from elsewhere.
     """
+
+    LATER = ("gpu", "conditions")
 
     kind: Literal["decoder"] = "decoder"
     graph_digest: str
@@ -404,11 +402,6 @@ class DecoderPlan(Document):
     def alone_cache_bytes(self) -> int:
         """Bytes of experts for a run on the processor alone, of which a plan for a GPU promises nothing."""
         return self.cache_bytes if self.gpu is None else max(self.cache_bytes, self.gpu.vram_cache_bytes)
-
-    @model_serializer(mode="wrap")
-    def _without_gpu(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what plans of before do not have, so that their bytes and digests stay what they were."""
-        return without_absent(write(self), "gpu", "conditions")
 
 
 # --- bundle ------------------------------------------------------------------------------------------
@@ -462,12 +455,14 @@ class Expected(Noun):
     tokens: tuple[int, ...]
 
 
-class DecoderManifest(Document):
+class DecoderManifest(Grown, Document):
     """A decoder's bundle. Experts' matrices are in ``matrices`` too, each expert in a file of its own.
 
     ``points`` are replays of the calibration's trace with the planned sizes, at other sizes of the cache.
     ``layout_digest`` is the SHA-256 of all that ``matrices`` and ``programs`` say; bundles of before have none.
     """
+
+    LATER = ("layout_digest",)
 
     kind: Literal["decoder"] = "decoder"
     backend: Literal["executorch", "onnx", "tensorrt"] = "executorch"
@@ -484,11 +479,6 @@ class DecoderManifest(Document):
     router_agreement: float | None = None
     points: tuple[MissPoint, ...] = ()
     layout_digest: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_layout(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what bundles of before do not have, so that their digests stay what they were."""
-        return without_absent(write(self), "layout_digest")
 
 
 # --- run ---------------------------------------------------------------------------------------------

@@ -160,7 +160,9 @@ def _conditions(mixes: Sequence[Mix]) -> Conditions | None:
     rate = _known_median([one.memory_bytes_per_s for one in states])
     if arithmetic_s is None and rate is None:
         return None
-    return Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=rate)
+    machines = {one.machine for one in states}
+    machine = machines.pop() if len(machines) == 1 else None
+    return Conditions(arithmetic_s=arithmetic_s, memory_bytes_per_s=rate, machine=machine)
 
 
 def _known_median(figures: Sequence[float | None]) -> float | None:

@@ -189,6 +189,3 @@ def _from_one_file(hidden: dict[str, Tensor], writer: ShelfWriter) -> Shelf:
         if not _is_uniform(name):
             writer.put(name.removeprefix(_VARIANT), one)
     return writer.shelf()
-
-
-# --- files -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeflex.errors import InputError
+from edgeflex.errors import BundleError, InputError
 from edgeflex.files import StrPath, path_of, place_of, read_bytes, read_text, refuse_output, write_atomic
 from edgeflex.flow.decide import parse_calibrated
 from edgeflex.flow.traces import Replays, packed_bytes, trace_of
@@ -190,16 +190,16 @@ def calibrate_decoder(
         progress=heard,
     )
     write_atomic(out / CHECK_TEXT, _npy(check))
-    if not (out / _TRACE).exists():
-        write_trace(out / _TRACE, trace_of(found.graph, read_routing(out)))
     write_atomic(out / _TOKENIZER, read_bytes(source.tokenizer_file, "tokenizer"))
-    if not _knows(out / _RATES, threads):
+    if not _knows(out, threads):
         profile_decoder(out, threads=threads, progress=heard)
+    elif not (out / _TRACE).exists():
+        write_trace(out / _TRACE, trace_of(found.graph, read_routing(out), rates=_known_rates(out)))
     return found
 
 
 def profile_decoder(
-    folder: StrPath, *, threads: Sequence[int] = (1,), progress: Progress | None = None
+    folder: StrPath, *, threads: Sequence[int] | None = None, progress: Progress | None = None
 ) -> DecoderRates:
     """Measure what this machine does with a calibrated decoder's shapes, and keep that in the calibration.
 
@@ -209,8 +209,8 @@ def profile_decoder(
 
     Args:
         folder: Of the calibration; its disk should be the one that experts will be read from. Rates that it holds are
-            replaced.
-        threads: Numbers of threads to measure kernels with.
+            replaced, and the bytes of experts in its trace.
+        threads: Numbers of threads to measure kernels with; None takes those of the rates that are there, or 1.
         progress: Told of every measurement.
 
     Raises:
@@ -219,33 +219,48 @@ def profile_decoder(
     """
     from edgeflex.costs.decoder_files import read_routing
     from edgeflex.pace import middle
-    from edgeflex.profiles import conditions, machine
+    from edgeflex.profiles import conditions
     from edgeflex.profiles.probe import memory_read
     from edgeflex.runtimes.decoder_rates import measure_rates
+    from edgeflex.runtimes.sampling import load_tokenizer
+    from edgeflex.runtimes.trace import write_trace
 
     folder = path_of(folder)
     if not is_decoder_calibration(folder):
         raise InputError(
             f"{str(folder)!r} is no calibration of a decoder. Give the folder that edgeflex calibrate wrote."
         )
-    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT))
+    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT, _TOKENIZER))
     graph = parse_calibrated(DecoderCalibration, folder, _CALIBRATION).graph
-    tokenizer = folder / _TOKENIZER
+    routing, tokenizer = read_routing(folder), folder / _TOKENIZER
+    try:
+        load_tokenizer(tokenizer)  # a damaged one is known now, not after a minute
+    except BundleError:
+        raise InputError(f"{tokenizer}: no tokenizer. Copy the calibration again, or calibrate again.") from None
+    known = _known_rates(folder)
+    counts = tuple(threads or ({one.threads for one in known.matrices} if known else (1,)))
     before = conditions()
     rates = measure_rates(
         graph,
         folder,
-        trace_of(graph, read_routing(folder)),
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        device=machine().cpu_model or "this machine",
+        trace_of(graph, routing),
+        tokenizer=tokenizer,
+        device=_this_machine(),
         precisions=PLANNED,
-        threads=threads,
-        memory_bytes_per_s=memory_read(threads=max(threads)).value,
+        threads=sorted(counts),
+        memory_bytes_per_s=memory_read(threads=max(counts)).value,
         progress=progress,
     )
     rates = rates.model_copy(update={"conditions": middle((before, conditions()))})
+    write_trace(folder / _TRACE, trace_of(graph, routing, rates=rates))
     write_atomic(folder / _RATES, rates.canonical_json())
     return rates
+
+
+def _this_machine() -> str:
+    from edgeflex.profiles import machine
+
+    return machine().cpu_model or "this machine"
 
 
 def read_array(path: Path) -> Any:
@@ -264,18 +279,38 @@ def read_array(path: Path) -> Any:
         raise InputError(f"{str(path)!r} is damaged: {error}. Run the same edgeflex calibrate again.") from None
 
 
-def _knows(rates: Path, threads: Sequence[int]) -> bool:
+def _known_rates(folder: Path) -> DecoderRates | None:
+    """Return the rates of a calibration; None where there are none, or of a release that wrote them otherwise."""
+    place = folder / _RATES
+    if not place.exists():
+        return None
+    try:
+        return DecoderRates.parse(read_bytes(place, "rates"), str(place))
+    except InputError:
+        return None
+
+
+def _knows(folder: Path, threads: Sequence[int]) -> bool:
     """Return whether kernels were measured with so many threads; a calibration may be resumed with more of them.
 
-    Rates of a release that wrote them otherwise are measured anew.
+    Rates of a release that wrote less are measured anew.
+
+    Raises:
+        InputError: Other threads are asked for, and the rates are of another computer.
     """
-    if not rates.exists():
+    known = _known_rates(folder)
+    if known is None:
         return False
-    try:
-        known = DecoderRates.parse(read_bytes(rates, "rates"), str(rates))
-    except InputError:
-        return False
-    return set(threads) <= {one.threads for one in known.matrices}
+    counts = {one.threads for one in known.matrices}
+    if set(threads) <= counts and all(one.packed_bytes is not None for one in known.matrices):
+        return True
+    if known.device != _this_machine():
+        raise InputError(
+            f"the rates in {str(folder)!r} are of {known.device}, with {sorted(counts)} threads, and this is "
+            f"{_this_machine()}. Measure there: edgeflex profile --decoder {folder} --threads "
+            f"{','.join(map(str, threads))}; or delete rates.json to measure here."
+        )
+    return False
 
 
 def _npy(array: Any) -> bytes:
@@ -320,7 +355,12 @@ def open_decoder_calibration(folder: Path) -> tuple[DecoderCalibration, DecoderR
     """
     from edgeflex.costs.decoder_files import read_routing
 
-    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT, _RATES))
+    _refuse_unfinished(folder, (_CALIBRATION, CHECK_TEXT))
+    if not (folder / _RATES).is_file():
+        raise InputError(
+            f"the calibration in {str(folder)!r} holds no rates of a machine. Run edgeflex profile --decoder {folder}, "
+            "or the same edgeflex calibrate again."
+        )
 
     def document(kind: Any, name: str) -> Any:
         return parse_calibrated(kind, folder, name)

@@ -143,7 +143,7 @@ def completed(profile: DeviceProfile, rates: DecoderRates, *, link_given: bool =
     host = tiers.get(Tier.HOST)
     if same and (host is None or host.read_bytes_per_s is None):
         read = Figure(
-            value=rates.memory_bytes_per_s, origin="measured", source=f"memory of {rates.device}, when it calibrated"
+            value=rates.memory_bytes_per_s, origin="measured", source=f"memory of {rates.device}, when it was measured"
         )
         spec = TierSpec(tier=Tier.HOST) if host is None else host
         tiers[Tier.HOST] = spec.model_copy(update={"read_bytes_per_s": read})
@@ -155,7 +155,7 @@ def completed(profile: DeviceProfile, rates: DecoderRates, *, link_given: bool =
     flash = tiers.get(Tier.FLASH)
     if not profile.storage and (flash is None or flash.read_bytes_per_s is None):
         # another computer's disk is not this one's: its rate is taken as a data sheet's, with as wide a range
-        source = f"disk of {rates.device}, when it calibrated" + ("" if same else "; it stands in for this machine's")
+        source = f"disk of {rates.device}, when it was measured" + ("" if same else "; it stands in for this machine's")
         figure = Figure(value=rates.read_bytes_per_s, origin="measured" if same else "datasheet", source=source)
         changes["storage"] = (
             StorageRead(pattern="random", block_bytes=1 << 20, queue_depth=8, direct=True, bytes_per_s=figure),

@@ -426,7 +426,7 @@ class SimulatedDevice:
             if given is not None:
                 yield f"{name}: {format_bytes(given)} per second, as given"
         if of_calibrated_computer(self.profile, self.rates):
-            took = f"what {self.rates.device} took when it calibrated with {format_count(self.threads, 'thread')}"
+            took = f"what {self.rates.device} took when it was measured with {format_count(self.threads, 'thread')}"
             yield f"the processor's experts take {took}, and 15 µs until the GPU has their rows"
         else:
             yield "the processor's experts take what its memory's rate allows; no kernel was timed there"

@@ -42,8 +42,15 @@ def packed_bytes(rates: DecoderRates | None = None) -> Callable[[Precision, int,
     return lru_cache(maxsize=None)(held_bytes)
 
 
-def trace_of(graph: DecoderGraph, routing: Any, *, prompt: int | None = None, chunk: int | None = None) -> Trace:
-    """Return the recorded routing as a trace, optionally with other prompts and chunks."""
+def trace_of(
+    graph: DecoderGraph,
+    routing: Any,
+    *,
+    prompt: int | None = None,
+    chunk: int | None = None,
+    rates: DecoderRates | None = None,
+) -> Trace:
+    """Return the recorded routing as a trace, optionally with other prompts and chunks, or a computer's bytes."""
     import numpy as np
 
     from edgeflex.runtimes.trace import Trace
@@ -67,19 +74,19 @@ def trace_of(graph: DecoderGraph, routing: Any, *, prompt: int | None = None, ch
         layers=layers,
         experts=experts,
         top_k=top_k,
-        expert_bytes=_expert_sizes(graph, Precision.INT4_GROUP32, layers),
-        precision_bytes={"int8-dynamic": _expert_sizes(graph, Precision.INT8_DYNAMIC, layers)},
+        expert_bytes=_expert_sizes(graph, Precision.INT4_GROUP32, packed_bytes(rates)),
+        precision_bytes={"int8-dynamic": _expert_sizes(graph, Precision.INT8_DYNAMIC, packed_bytes(rates))},
         name=graph.name,
     )
 
 
-def _expert_sizes(graph: DecoderGraph, precision: Precision, layers: int) -> Ints:
+def _expert_sizes(graph: DecoderGraph, precision: Precision, packed: Callable[[Precision, int, int], int]) -> Ints:
     import numpy as np
 
     from edgeflex.plans.decoder_costs import expert_bytes
 
-    shapes, packed = graph.matrix_shapes(), packed_bytes()
-    sizes = np.zeros(layers, dtype=np.int64)
+    shapes = graph.matrix_shapes()
+    sizes = np.zeros(len(graph.layers), dtype=np.int64)
     for layer in graph.layers:
         if layer.routing is not None:
             pair = [shapes[f"layers.{layer.index}.experts.0.{name}"] for name in ("gate_up", "down")]

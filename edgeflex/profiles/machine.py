@@ -138,7 +138,8 @@ def conditions(root: Path = Path("/"), *, clock: Callable[[], float] = time.perf
     if root != Path("/"):
         return state
     arithmetic_s, memory_bytes_per_s = speed(clock)
-    return state.model_copy(update={"arithmetic_s": arithmetic_s, "memory_bytes_per_s": memory_bytes_per_s})
+    figures = {"arithmetic_s": arithmetic_s, "memory_bytes_per_s": memory_bytes_per_s}
+    return state.model_copy(update={**figures, "machine": machine().cpu_model})
 
 
 def power_w(root: Path = Path("/")) -> float | None:

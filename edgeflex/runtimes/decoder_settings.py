@@ -90,6 +90,8 @@ class Settings:
         faults = [*_too_small(settled), *self._of_another_place()]
         known = POLICIES if self.device is None else (*POLICIES, DEVICE_POLICY)
         faults += unknown_policies([settled.policy], known)
+        if settled.policy == "static" and self.static is None and self.device is None:
+            faults.append("policy 'static' has no order of worth; give one in the settings, or name another policy")
         if faults:
             raise InputError.collect("the run's settings", faults)
         return settled

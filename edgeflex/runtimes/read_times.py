@@ -5,6 +5,7 @@ They are taken in batches such as events miss them, with a decoder's computing b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeflex.errors import DeviceError
+from edgeflex.files import explain_os_error
 from edgeflex.runtimes.movers import Mover, Record, takes_direct
 from edgeflex.runtimes.pages import private_pages
+from edgeflex.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +30,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from edgeflex.errors import EdgeflexError
+
     Clock = Callable[[], float]
 
 _READ_BYTES = 256 << 20  # larger than what a disk's own cache gives back at once
 _BATCHES = (1, 2, 4)  # experts that one event of a layer misses
 _CHECKED_BATCHES = (2, 8)  # and that one of a prompt does, at their first use
+_LEAST_CHECKED = 3  # batches of a number, for a median
 _LEAST_TURNS, _MOST_TURNS = 3, 240
 _LEAST_SLOPE = 0.01  # of the mean time of a record in the largest batch; less is the rounding of sums
 _PAUSE_S = 2e-4  # about what a layer computes between two reads
@@ -49,6 +56,7 @@ class ReadTimes:
 
     Raises:
         DeviceError: The disk is full or fails.
+        InputError: The folder cannot be written to.
     """
 
     def __init__(self, folder: Path, record_bytes: int, clock: Clock = time.perf_counter) -> None:
@@ -56,7 +64,10 @@ class ReadTimes:
         turn_bytes = sum(_BATCHES) * record_bytes
         self.turns = int(np.clip(2 * _READ_BYTES // turn_bytes, _LEAST_TURNS, _MOST_TURNS))
         self._seconds: dict[int, list[float]] = {count: [] for count in _BATCHES}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, folder) from None
         with ExitStack() as kept:
             count = max(4, _READ_BYTES // record_bytes)
             self._path = kept.enter_context(_written(folder, count, record_bytes))
@@ -103,9 +114,10 @@ class ReadTimes:
             if not batch:
                 break
             seconds.setdefault(len(batch), []).append(_read_s(self._mover, batch, self._clock))
-        medians = {count: float(np.median(seconds[count])) for count in _CHECKED_BATCHES if count in seconds}
-        if len(medians) < len(_CHECKED_BATCHES):  # few and large records: latency is nothing beside them
+        if any(len(seconds.get(count, ())) < _LEAST_CHECKED for count in _CHECKED_BATCHES):
+            # few and large records: latency is little beside them, and no median holds
             return sum(one.size_bytes for one in records) / math.fsum(chain.from_iterable(seconds.values()))
+        medians = {count: float(np.median(seconds[count])) for count in _CHECKED_BATCHES}
         return read_line(medians, self._record_bytes)[1]
 
 
@@ -113,14 +125,28 @@ class ReadTimes:
 def _written(folder: Path, count: int, record_bytes: int) -> Iterator[Path]:
     """Write records of random bytes, which no disk can fold, and keep them out of the page cache."""
     block = np.random.default_rng(0).bytes(1 << 20)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".edgeflex-", suffix=".reads") as file:
-        left = count * record_bytes
-        while left > 0:
-            left -= file.write(block[: min(left, len(block))])
-        file.flush()
-        os.fsync(file.fileno())
+    with ExitStack() as kept:
+        try:
+            file = kept.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".edgeflex-", suffix=".reads"))
+            left = count * record_bytes
+            while left > 0:
+                left -= file.write(block[: min(left, len(block))])
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise _no_room(error, folder, count * record_bytes) from None
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         yield Path(file.name)
+
+
+def _no_room(error: OSError, folder: Path, size_bytes: int) -> EdgeflexError:
+    """Return what was wrong with a file to read from."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return DeviceError(
+            f"{folder}: the disk is full. Reads are measured on a file of {format_bytes(size_bytes)} there, which is "
+            "removed afterwards; free so much, or copy the folder to another disk."
+        )
+    return explain_os_error(error, folder)
 
 
 def _compute(seconds: float) -> None:

@@ -558,6 +558,8 @@ def test_impossible_settings_stand_in_one_error(bundle):
     # before anything is packed: that takes minutes with a large decoder
     with pytest.raises(InputError, match=r"(?s)2 faults.*policy 'best' is unknown"):
         DecoderSession.from_bundle(bundle, Settings(policy="best", threads=0))
+    with pytest.raises(InputError, match="no order of worth"):
+        DecoderSession.from_bundle(bundle, Settings(policy="static"))
     with pytest.raises(InputError, match=r"policy 'reuse' is unknown"):  # which foretells for a device
         DecoderSession.from_bundle(bundle, Settings(policy="reuse"))
 

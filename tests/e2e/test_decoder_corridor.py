@@ -128,8 +128,12 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
         Path("in").symlink_to(".")
         calibration = answered(*CALIBRATE, "--threads", 2)
         resident = answered("plan", "calibration", "--prompt-tokens", 16, "-o", "resident.json")
-        budget = total_bytes(resident) - resident["cache_bytes"] // 3
-        plan = answered("plan", "calibration", "--prompt-tokens", 16, "--memory", budget)
+        plan = resident
+        while (
+            plan["verdict"] == "fits"
+        ):  # once more where smaller weights make room, which a busy machine may call slower
+            budget = total_bytes(plan) - plan["cache_bytes"] // 3
+            plan = answered("plan", "calibration", "--prompt-tokens", 16, "--memory", budget)
         manifest = answered(
             "export", "plan.json", "-m", model, "--calibration", "calibration", "--no-stock", "-q", "-o", "bundle"
         )
@@ -534,12 +538,52 @@ def test_another_computer_needs_no_more_than_a_copy_of_the_calibration(walk: Wal
     assert done.returncode == 0, done.stderr
     rates = json.loads(done.stdout)
     assert rates == json.loads(Path("copy/rates.json").read_text())
+    assert rates["conditions"]["machine"] == rates["device"]
+    assert rates["runtime_bytes"] == pytest.approx(known["runtime_bytes"], rel=0.02), "the tokenizer counts"
     shapes = ("rows", "columns", "precision", "rows_in", "threads", "packed_bytes")
     assert [[one[name] for name in shapes] for one in rates["matrices"]] == [
         [one[name] for name in shapes] for one in known["matrices"]
     ]
     again = answered("plan", "copy", "--prompt-tokens", 16, "--memory", walk.budget_bytes, "-o", "again.json")
     assert again["graph_digest"] == walk.plan["graph_digest"]
+
+
+def test_threads_are_those_that_were_measured_before_unless_named(walk: Walk, here: Path):
+    shutil.copytree("in/calibration", "copy")
+    assert {one["threads"] for one in answered("profile", "--decoder", "copy", "-q")["matrices"]} == {1, 2}
+    again = answered("profile", "--decoder", "copy", "--threads", "1", "-q")
+    assert {one["threads"] for one in again["matrices"]} == {1}
+
+
+def test_a_plan_from_before_measuring_again_is_not_exported(walk: Walk, here: Path, edgeflex: Command):
+    shutil.copytree("in/calibration", "copy")
+    answered("profile", "--decoder", "copy", "-q")
+    line = ("export", "in/plan.json", "-m", "in/model", "--calibration", "copy", "--no-stock", "-q", "-o", "out")
+    refused(edgeflex, line, 2, "plan again")
+
+
+def test_a_copy_without_its_tokenizer_or_with_a_damaged_one_is_refused_at_once(
+    walk: Walk, here: Path, edgeflex: Command
+):
+    shutil.copytree("in/calibration", "copy")
+    rates = Path("copy/rates.json").read_bytes()
+    Path("copy/tokenizer.json").write_text("{}")
+    refused(edgeflex, ("profile", "--decoder", "copy", "-q"), 2, "tokenizer.json", "calibrate again")
+    Path("copy/tokenizer.json").unlink()
+    refused(edgeflex, ("profile", "--decoder", "copy", "-q"), 2, "not finished")
+    assert Path("copy/rates.json").read_bytes() == rates
+
+
+def test_rates_of_another_computer_are_not_replaced_by_a_calibration_that_goes_on(
+    walk: Walk, here: Path, edgeflex: Command
+):
+    shutil.copytree("in/calibration", "copy")
+    rates = json.loads(Path("copy/rates.json").read_text())
+    Path("copy/rates.json").write_text(json.dumps({**rates, "device": "Cortex-A76"}))
+    line = (*CALIBRATE, "-o", "copy")
+    answered(*line, "--threads", 2)  # what is asked for was measured there
+    refused(edgeflex, (*line, "--threads", 3), 2, "Cortex-A76", "--decoder copy --threads 1,3")
+    assert json.loads(Path("copy/rates.json").read_text())["device"] == "Cortex-A76"
 
 
 def test_plans_count_weights_as_the_measured_computers_kernels_hold_them(walk: Walk, here: Path):
@@ -739,7 +783,8 @@ def test_an_unfinished_or_damaged_calibration_says_what_to_do(walk: Walk, here: 
     (Path("calibration") / name).write_bytes(b"\x93NUMPY")
     refused(edgeflex, line, 2, name)
     (Path("calibration") / name).unlink()
-    refused(edgeflex, line, 2, "not finished", "edgeflex calibrate")
+    missing = ("holds no rates", "--decoder") if name == "rates.json" else ("not finished", "edgeflex calibrate")
+    refused(edgeflex, line, 2, *missing)
 
 
 # --- damaged bundles ------------------------------------------------------------------------------------------

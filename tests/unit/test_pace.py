@@ -109,6 +109,14 @@ def test_nothing_is_said_where_there_is_nothing_to_explain_or_nothing_is_known(f
     assert pace_sentences(found, [check(ok=not late)]) == ()
 
 
+def test_nothing_is_said_of_another_computers_speed():
+    here, there = (THEN.model_copy(update={"machine": name}) for name in ("Cortex-A78", "Cortex-A76"))
+    assert pace(here, [here]) == Pace(1.0, 1.0)
+    assert pace(there, [here]) == Pace()
+    assert pace(here, [Conditions(), here]) == Pace(1.0, 1.0), "a sample without a speed is of no computer"
+    assert pace(here, [here, there]) == Pace()
+
+
 def test_a_decoders_times_are_measured_again_by_themselves():
     found = pace(THEN, [Conditions(arithmetic_s=2e-3)], decoder=True)
     assert "`edgeflex profile --decoder CALIBRATION`" in pace_sentences(found, [check()])[1]
