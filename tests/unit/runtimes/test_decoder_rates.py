@@ -1,5 +1,6 @@
 """What the disk gives a decoder: the line through reads, and how much is walked to time a matrix."""
 
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -13,6 +14,19 @@ from edgeflex.schema_moe import DECODER_PRECISIONS
 from tests.tiny_decoder import EXPERTS, LAYERS, TOP_K, tiny_graph
 
 TRACE = synthetic_trace("zipf", Routing(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, tokens=20, expert_bytes=4096))
+
+
+def timed(spells: Iterator[float]) -> Callable[[], float]:
+    """Return a clock on which each measurement, from one reading to the next, takes the next of ``spells``."""
+    now, begun = 0.0, False
+
+    def clock() -> float:
+        nonlocal now, begun
+        now += next(spells) if begun else 0.0
+        begun = not begun
+        return now
+
+    return clock
 
 
 def test_a_line_gives_back_the_latency_and_the_rate_that_made_it() -> None:
@@ -75,15 +89,7 @@ def test_reads_are_measured_with_what_the_clock_says_and_leave_no_file(tmp_path:
 
 def test_the_rate_of_checked_records_is_without_their_latency(tmp_path: Path) -> None:
     spells = cycle([5e-3 + 2e-3, 5e-3 + 8e-3])  # batches of two and of eight: 5 ms, and 1 ms a record
-    now, begun = 0.0, False
-
-    def clock() -> float:
-        nonlocal now, begun
-        now += next(spells) if begun else 0.0
-        begun = not begun
-        return now
-
-    with ReadTimes(tmp_path, 1 << 20, clock) as reads:
+    with ReadTimes(tmp_path, 1 << 20, timed(spells)) as reads:
         assert reads.checked_rate() == pytest.approx((1 << 20) / 1e-3)
 
 
@@ -95,15 +101,7 @@ def test_few_large_records_have_the_rate_of_them_all(tmp_path: Path) -> None:
 
 def test_one_slow_spell_among_many_turns_does_not_move_the_line(tmp_path: Path) -> None:
     spells = iter([1e-3] * 24 + [1e-4] * 2 * 24)  # seconds of each batch; the first eight turns are slow
-    now, begun = 0.0, False
-
-    def clock() -> float:
-        nonlocal now, begun
-        now += next(spells) if begun else 0.0
-        begun = not begun
-        return now
-
-    with ReadTimes(tmp_path, 1 << 16, clock) as reads:
+    with ReadTimes(tmp_path, 1 << 16, timed(spells)) as reads:
         for _ in range(24):
             reads.turn()
         _, rate = reads.line()
