@@ -1,11 +1,14 @@
 """What the disk gives a decoder: the line through reads, and how much is walked to time a matrix."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 
+from edgeflex.errors import DeviceError, InputError
 from edgeflex.runtimes.decoder_rates import measure_rates, walked_bytes
 from edgeflex.runtimes.read_times import ReadTimes, read_line
 from edgeflex.runtimes.synthetic import Routing, synthetic_trace
@@ -97,6 +100,23 @@ def test_few_large_records_have_the_rate_of_them_all(tmp_path: Path) -> None:
     ticks = iter(range(10**6))
     with ReadTimes(tmp_path, 100 << 20, lambda: float(next(ticks))) as reads:  # two to be checked: one batch
         assert reads.checked_rate() == pytest.approx(200 << 20)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [(errno.ENOSPC, DeviceError, "256.00 MiB there"), (errno.EROFS, InputError, "Read-only")],
+)
+def test_a_disk_that_takes_no_file_is_named_with_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], said: str
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(kind, match=said) as error:
+        ReadTimes(tmp_path / "calibration", 1 << 20)
+    assert str(tmp_path / "calibration") in str(error.value)
+    assert not list((tmp_path / "calibration").iterdir())
 
 
 def test_one_slow_spell_among_many_turns_does_not_move_the_line(tmp_path: Path) -> None:
