@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from edgeflex.schema import Precision
@@ -167,7 +168,7 @@ def rates_text(rates: DecoderRates) -> str:
     if rates.first_read_bytes_per_s is not None:
         figures.insert(1, ("for the first time, and checked", f"{rates.first_read_bytes_per_s / 1e6:,.0f} MB/s"))
     matrices = [
-        (f"{one.rows:,} x {one.columns:,}", one.precision.value, str(one.threads), format_fine_time(one.seconds))
+        (one.precision.value, f"{one.rows:,} x {one.columns:,}", str(one.threads), format_fine_time(one.seconds))
         for one in rates.matrices
         if one.rows_in == 1
     ]
@@ -175,9 +176,8 @@ def rates_text(rates: DecoderRates) -> str:
         table_text(f"A decoder on {rates.device}", ("figure", "value"), figures),
         table_text(
             "Matrices with weights from memory",
-            ("matrix", "precision", "threads", "one row"),
-            matrices,
-            words=("precision",),
+            ("precision", "matrix", "threads", "one row"),
+            sorted(matrices, key=itemgetter(0)),
         ),
     )
 

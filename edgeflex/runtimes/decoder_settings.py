@@ -88,10 +88,12 @@ class Settings:
             chunk_tokens=min(chunk_tokens, context_tokens),
         )
         faults = [*_too_small(settled), *self._of_another_place()]
-        known = POLICIES if self.device is None else (*POLICIES, DEVICE_POLICY)
-        faults += unknown_policies([settled.policy], known)
-        if settled.policy == "static" and self.static is None and self.device is None:
-            faults.append("policy 'static' has no order of worth; give one in the settings, or name another policy")
+        ordered = self.static is not None or self.device is not None
+        known = [name for name in POLICIES if ordered or name != "static"]
+        if settled.policy == "static" and not ordered:
+            faults.append(f"policy 'static' has no order of worth here. Name one of: {', '.join(known)}.")
+        else:
+            faults += unknown_policies([settled.policy], known if self.device is None else [*known, DEVICE_POLICY])
         if faults:
             raise InputError.collect("the run's settings", faults)
         return settled
