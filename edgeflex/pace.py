@@ -21,7 +21,7 @@ _REMEDY = (
     "nvpmodel and jetson_clocks), or"
 )
 _AGAIN = "calibrate again at this speed, with --overwrite."
-_DECODER_AGAIN = "measure it at this speed with `edgeflex profile --decoder CALIBRATION` then plan and export again."
+_DECODER_AGAIN = "measure it at this speed with `edgeflex profile --decoder CALIBRATION`, then plan and export again."
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from edgeflex.schema import Precision
 from edgeflex.schema_moe import MissPoint, SimulatedCache, Simulation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeflex.plans.decoder_costs import PackedBytes
     from edgeflex.runtimes.trace import Trace
     from edgeflex.schema import DeviceProfile
     from edgeflex.schema_moe import DecoderGraph, DecoderRates, DeviceSimulation
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _REPLAYED_USES = 60_000  # of experts, prompts included
 
 
-def packed_bytes(rates: DecoderRates | None = None) -> Callable[[Precision, int, int], int]:
+def packed_bytes(rates: DecoderRates | None = None) -> PackedBytes:
     """Return a function of precision, rows and columns: bytes of a matrix as a machine's kernels hold it.
 
     Args:
@@ -55,7 +56,7 @@ def trace_of(
 
     from edgeflex.runtimes.trace import Trace
 
-    layers = len(graph.layers)
+    layers, packed = len(graph.layers), packed_bytes(rates)
     experts = max((one.routing.experts for one in graph.layers if one.routing is not None), default=1)
     top_k = max((one.routing.top_k for one in graph.layers if one.routing is not None), default=1)
     phase, iteration = routing.phase, routing.iter
@@ -74,13 +75,13 @@ def trace_of(
         layers=layers,
         experts=experts,
         top_k=top_k,
-        expert_bytes=_expert_sizes(graph, Precision.INT4_GROUP32, packed_bytes(rates)),
-        precision_bytes={"int8-dynamic": _expert_sizes(graph, Precision.INT8_DYNAMIC, packed_bytes(rates))},
+        expert_bytes=_expert_sizes(graph, Precision.INT4_GROUP32, packed),
+        precision_bytes={"int8-dynamic": _expert_sizes(graph, Precision.INT8_DYNAMIC, packed)},
         name=graph.name,
     )
 
 
-def _expert_sizes(graph: DecoderGraph, precision: Precision, packed: Callable[[Precision, int, int], int]) -> Ints:
+def _expert_sizes(graph: DecoderGraph, precision: Precision, packed: PackedBytes) -> Ints:
     import numpy as np
 
     from edgeflex.plans.decoder_costs import expert_bytes
